@@ -1,0 +1,92 @@
+"""Plain standard ONNX: a file that any runtime loads, no custom operator in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from lrcompile.backends.onnx_rules import RULES, Emitter, Store
+from lrcompile.errors import UnsupportedError
+from lrcompile.files import AtomicSet
+from lrcompile.graphs.base import Graph, Inputs, Outputs, Replacement
+from lrcompile.graphs.onnx.graph import OnnxGraph
+from lrcompile.graphs.onnx.raising import Match
+from lrcompile.graphs.onnx.save import write
+from lrcompile.graphs.onnx.session import FileSession, Session, has_bfloat16
+from lrcompile.graphs.onnx.splice import Splicer, Tape, add_bias
+from lrcompile.lowering import Backend, Rules
+
+
+class OnnxModel:
+    """A lowered model, in memory or in a file."""
+
+    def __init__(self, model: ir.Model, path: Path | None) -> None:
+        self.model = model
+        self.path = path
+        self._session: Session | FileSession | None = None
+
+    def run(self, inputs: Inputs) -> Outputs:
+        """Outputs in ONNX Runtime, from the file where there is one.
+
+        The CPU has no bfloat16 kernels: such a model is computed in float32, from the same weights.
+        """
+        if self._session is None:
+            from_file = self.path is not None and not has_bfloat16(self.model.graph)
+            self._session = FileSession(str(self.path)) if from_file else Session(self.model.graph.clone(), self.model)
+        return self._session.run(inputs)
+
+    def release(self) -> None:
+        """Gives the session's memory back."""
+        self._session = None
+
+
+class OnnxRuntime(Backend):
+    """Lowers to MatMul, Conv, Add and a few others of the standard operator set."""
+
+    name: ClassVar[str] = "onnxruntime"
+    accepts: ClassVar[type] = OnnxGraph
+    rules: ClassVar[Rules] = RULES
+
+    def build(self, graph: Graph, *, out: AtomicSet | None = None) -> OnnxModel:
+        """A new model that shares every untouched weight with the loaded one.
+
+        Raises:
+            UnsupportedError: not an ONNX graph, or an operator has no rule.
+            ResourceError: the disk is full.
+        """
+        if not isinstance(graph, OnnxGraph):
+            raise UnsupportedError(f"the backend '{self.name}' builds ONNX graphs, not {graph.kind}")
+        model = lower(graph)
+        if out is not None:
+            write(model, out)
+        return OnnxModel(model, None if out is None else out.path)
+
+
+def lower(graph: OnnxGraph) -> ir.Model:
+    """The loaded model with every replaced site written in standard operators."""
+    model = graph.model.clone()
+    if not graph.replacements:
+        return model
+    splicer = Splicer(graph.model.graph, model.graph)
+    store = Store(opset=model.opset_imports.get("", 0) or 0)
+    for name, replacement in graph.replacements.items():
+        for match in graph.matches(name):
+            _lower_site(splicer, store, name, match, replacement)
+    model.graph.sort()
+    splicer.drop_unused()
+    return model
+
+
+def _lower_site(splicer: Splicer, store: Store, name: str, match: Match, replacement: Replacement) -> None:
+    def emit(tape: Tape, match: Match, source: ir.Value) -> ir.Value:
+        if match.axis == 0:
+            source = tape.op("Transpose", [source], [ir.AttrInt64s("perm", [1, 0])])
+        result = Emitter(store, tape, name, match.window).apply(replacement.operator, source)
+        shift = replacement.shift if match.adder is None else None
+        return add_bias(tape, match, result, shift, splicer)
+
+    splicer.replace(match, emit, name)
+    if match.adder is not None and replacement.shift is not None:
+        splicer.shift_adder(match, replacement.shift, name)

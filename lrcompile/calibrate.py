@@ -1,0 +1,169 @@
+"""Calibration statistics: streaming, mergeable moments of the values that linear sites read.
+
+Accumulation is in float32 (the inputs' own precision), decompositions are done in float64 by
+whoever needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lrcompile.errors import InvalidInputError
+
+MASK_NAMES = ("attention_mask", "input_mask", "padding_mask", "mask")
+"""Input names that are taken for a token mask (1 = a real token) of shape (batch, tokens)."""
+
+
+@dataclass(eq=False)
+class Moments:
+    """Second and first moments of a value with ``n`` channels.
+
+    Attributes:
+        gram: ``Σ x xᵀ``, (n, n) float32.
+        total: ``Σ x``, (n,).
+        absolute: ``Σ |x|``, (n,).
+        absmax: ``max |x|``, (n,).
+        tokens: number of vectors that went in.
+        samples: number of calibration samples that they came from.
+    """
+
+    gram: Tensor
+    total: Tensor
+    absolute: Tensor
+    absmax: Tensor
+    tokens: int = 0
+    samples: int = 0
+
+    @classmethod
+    def zeros(cls, channels: int) -> Moments:
+        """Empty moments of a value with ``channels`` channels."""
+        vector = torch.zeros(3, channels)
+        return cls(torch.zeros(channels, channels), vector[0], vector[1], vector[2])
+
+    @property
+    def channels(self) -> int:
+        return self.gram.shape[0]
+
+    def update(self, rows: Tensor, samples: int = 0) -> None:
+        """Adds vectors ``rows`` (tokens, n).
+
+        Raises:
+            InvalidInputError: a vector is NaN or infinite.
+        """
+        rows = rows.detach().to("cpu", torch.float32)
+        self.gram.addmm_(rows.T, rows)
+        self.total += rows.sum(0)
+        magnitude = rows.abs()
+        self.absolute += magnitude.sum(0)
+        if len(rows):
+            self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
+        self.tokens += len(rows)
+        self.samples += samples
+        if not torch.isfinite(self.absolute).all():
+            raise InvalidInputError("the calibration data makes this value NaN or infinite")
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both sets of vectors."""
+        return Moments(
+            self.gram + other.gram,
+            self.total + other.total,
+            self.absolute + other.absolute,
+            torch.maximum(self.absmax, other.absmax),
+            self.tokens + other.tokens,
+            self.samples + other.samples,
+        )
+
+    def second(self) -> Tensor:
+        """``E[x xᵀ]``, (n, n) float64."""
+        return self.gram.double() / max(self.tokens, 1)
+
+    def mean(self) -> Tensor:
+        """``E[x]``, (n,) float64."""
+        return self.total.double() / max(self.tokens, 1)
+
+    def covariance(self) -> Tensor:
+        """``E[x xᵀ] − E[x] E[x]ᵀ``, (n, n) float64."""
+        mean = self.mean()
+        return self.second() - torch.outer(mean, mean)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything as tensors, for storage."""
+        counts = torch.tensor([self.tokens, self.samples])
+        return {
+            "gram": self.gram,
+            "total": self.total,
+            "absolute": self.absolute,
+            "absmax": self.absmax,
+            "counts": counts,
+        }
+
+    @classmethod
+    def from_tensors(cls, stored: Mapping[str, Tensor]) -> Moments:
+        """The inverse of :meth:`tensors`."""
+        tokens, samples = (int(count) for count in stored["counts"])
+        vectors = (stored[name].contiguous() for name in ("total", "absolute", "absmax"))
+        return cls(stored["gram"], *vectors, tokens=tokens, samples=samples)
+
+
+def token_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """The (batch, tokens) padding mask among a model's inputs, if there is one."""
+    for name in MASK_NAMES:
+        mask = inputs.get(name)
+        if mask is not None and mask.ndim == 2:
+            return mask.bool()
+    return None
+
+
+def token_rows(value: Tensor, mask: Tensor | None, *, channel_axis: int = -1) -> Tensor:
+    """The vectors (tokens, n) of a value, padding left out where the mask fits its shape."""
+    value = value.movedim(channel_axis, -1)
+    if mask is not None:
+        if value.shape[:-1] == mask.shape:
+            return value[mask]
+        if value.ndim == 2 and len(value) == mask.numel():
+            return value[mask.reshape(-1)]
+    return value.reshape(-1, value.shape[-1])
+
+
+@dataclass(eq=False)
+class Collector:
+    """Moments of many values at once, created when a value is first seen."""
+
+    moments: dict[str, Moments] = field(default_factory=dict)
+
+    def add(self, name: str, rows: Tensor, samples: int) -> None:
+        """Adds vectors of the value ``name``.
+
+        Raises:
+            InvalidInputError: NaN or infinity; the error names the value.
+        """
+        if name not in self.moments:
+            self.moments[name] = Moments.zeros(rows.shape[-1])
+        try:
+            self.moments[name].update(rows, samples)
+        except InvalidInputError as error:
+            raise InvalidInputError(error.message, where=name, hint="look for extreme values in its inputs") from None
+
+
+def groups(sizes: Mapping[str, int], limit: int) -> Iterable[list[str]]:
+    """Splits values into groups whose Gram matrices fit ``limit`` bytes together.
+
+    Args:
+        sizes: channels of each value.
+        limit: bytes; a single value above it forms a group of its own.
+    """
+    group: list[str] = []
+    used = 0
+    for name, channels in sizes.items():
+        need = 4 * channels * channels
+        if group and used + need > limit:
+            yield group
+            group, used = [], 0
+        group.append(name)
+        used += need
+    if group:
+        yield group

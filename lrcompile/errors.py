@@ -1,0 +1,86 @@
+"""Typed errors: what happened, where, what to do, and the exit code of the command line.
+
+Every error that a user can cause is a subclass of :class:`LrcompileError`. The command
+line prints ``message``, ``where`` and ``hint`` on one line each and exits with ``code``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class LrcompileError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        message: what is wrong, in one line.
+        where: the site, node, file or option that it concerns.
+        hint: what the user can do about it.
+    """
+
+    code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, where: str = "", hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.message}" if self.where else self.message
+        return f"{text} ({self.hint})" if self.hint else text
+
+
+class UsageError(LrcompileError):
+    """Unknown option, key, pass or extra; an output that exists already."""
+
+    code = 2
+
+
+class InvalidInputError(LrcompileError):
+    """Unreadable, unsafe or invalid file or data."""
+
+    code = 3
+
+
+class UnsupportedError(LrcompileError):
+    """A model or target that is valid but beyond what is supported."""
+
+    code = 4
+
+
+class GateError(LrcompileError):
+    """The rewritten model failed a check; nothing was published."""
+
+    code = 5
+
+
+class InfeasibleError(LrcompileError):
+    """No plan fits the budget; the message carries the best one found."""
+
+    code = 6
+
+
+class ResourceError(LrcompileError):
+    """Out of memory, out of disk, or out of time."""
+
+    code = 7
+
+
+class MissingExtraError(UsageError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"this needs the package '{package}', which is not installed",
+            hint=f'pip install "lrcompile[{extra}]"',
+        )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint that names the closest known spelling, or lists all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"

@@ -1,0 +1,1 @@
+"""Containers of nodes: what raises weights to expressions and puts expressions back."""

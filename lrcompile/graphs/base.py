@@ -1,0 +1,84 @@
+"""What every graph offers to the passes and the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from lrcompile.calibrate import Moments
+from lrcompile.linop import LinearOperator
+from lrcompile.sites import LinearSite
+
+Inputs = Mapping[str, np.ndarray]
+Outputs = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Replacement:
+    """What stands at a site now: an expression, and a constant that its output gains."""
+
+    operator: LinearOperator
+    shift: Tensor | None = None  # (out,)
+
+
+@dataclass(eq=False)
+class Journal:
+    """Undo log: what each site held before it was replaced. Roll-back needs no second model."""
+
+    entries: list[tuple[str, Replacement | None]] = field(default_factory=list)
+
+    def mark(self) -> int:
+        """A point to roll back to."""
+        return len(self.entries)
+
+
+class Graph(Protocol):
+    """A model whose linear sites can be read, measured and replaced."""
+
+    kind: ClassVar[str]
+
+    def linear_sites(self) -> Sequence[LinearSite]:
+        """Every constant linear map, in the order of execution; frozen ones included."""
+        ...
+
+    def replace(self, site: LinearSite, by: LinearOperator, shift: Tensor | None = None) -> None:
+        """Installs an expression at every use of the site and writes it to the journal."""
+        ...
+
+    @property
+    def journal(self) -> Journal: ...
+
+    def rollback(self, mark: int) -> None:
+        """Undoes every replacement since ``mark``."""
+        ...
+
+    def observe(
+        self, batches: Iterable[Inputs], sites: Sequence[LinearSite], *, memory: int
+    ) -> Mapping[str, Moments]:
+        """Moments of the values that the sites read, keyed by value name."""
+        ...
+
+    def probe(
+        self, batches: Iterable[Inputs], changes: Mapping[str, Replacement]
+    ) -> Mapping[str, float]:
+        """Change of the outputs when each site alone is replaced.
+
+        Returns for every site name the squared relative L2 change, summed over float outputs.
+        """
+        ...
+
+    def run(self, inputs: Inputs) -> Outputs:
+        """Outputs of the model as it was loaded, in its own precision or a wider one."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A content hash of structure and weights, for caches."""
+        ...
+
+    def verify(self) -> None:
+        """Raises GateError when the graph is not well-formed."""
+        ...

@@ -1,0 +1,286 @@
+"""An ``nn.Module`` as a graph of linear sites.
+
+The user's module is never changed: the graph works on a copy of the module tree that holds the
+same tensors (see :func:`lrcompile.graphs.module_sites.share`), and a replacement swaps modules in that
+copy. What a site is, which modules read one and the same tensor, and who reads a weight behind its
+module's back is only known from a run: :meth:`ModuleGraph.check`, called by ``observe`` and ``probe``
+with their first batch, or by whoever wants to know earlier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace as changed
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lrcompile.calibrate import Moments
+from lrcompile.data import InputSpec
+from lrcompile.errors import GateError, InvalidInputError, UsageError, nearest
+from lrcompile.graphs import module_observe, module_store
+from lrcompile.graphs.base import Inputs, Journal, Outputs, Replacement
+from lrcompile.graphs.module_run import Trace, call, evaluating, forward_parameters, named_outputs, to_array, trace
+from lrcompile.graphs.module_sites import Found, check_finite, find, share
+from lrcompile.graphs.structured import Change, Pool, install, shifted
+from lrcompile.linop import LinearOperator, tensors
+from lrcompile.sites import LinearSite
+
+
+class ModuleGraph:
+    """A module with its linear sites and what replaces them.
+
+    ``run``, ``observe``, ``probe``, ``fingerprint``, ``nbytes`` and ``parameters`` are about the module as
+    it was given; :attr:`model` is the module with all replacements in place.
+
+    Args:
+        model: not modified; its tensors are shared, not copied.
+        path: the folder that it was read from, if it was.
+        sample: a batch for :meth:`check`.
+
+    Raises:
+        InvalidInputError: a parameter holds NaN or infinity.
+        UnsupportedError: a script module, parameters on the meta device, or a tree that cannot be copied.
+    """
+
+    kind: ClassVar[str] = "module"
+
+    def __init__(self, model: nn.Module, path: Path | None = None, *, sample: Any = None) -> None:
+        self.path = path
+        self._start(model)
+        if sample is not None:
+            self.check(sample)
+
+    def _start(self, model: nn.Module) -> None:
+        check_finite(model)
+        self._root = nn.Module()  # a holder, so that the model itself may be a site
+        self._root.add_module("model", share(model))
+        self.journal = Journal()
+        self.replacements: dict[str, Replacement] = {}
+        self._changes: dict[str, list[Change]] = {}
+        self._pool = Pool(self.model.parameters())
+        self._trace: Trace | None = None
+        holder = self._root if not list(self.model.children()) else self.model
+        self._found = {found.site.name: found for found in find(holder)}
+
+    @property
+    def model(self) -> nn.Module:
+        """The module with every replacement in place."""
+        return self._root.get_submodule("model")
+
+    # -- sites -----------------------------------------------------------------------------
+
+    def linear_sites(self) -> Sequence[LinearSite]:
+        """Every constant linear map, in order of registration, with what it holds now.
+
+        Before :meth:`check` a site's input bears the name of its own module. After it, sites that read one
+        and the same tensor have one input, and those that cannot be written back are frozen.
+        """
+        return [self._current(found.site) for found in self._found.values()]
+
+    def _current(self, site: LinearSite) -> LinearSite:
+        current = self.replacements.get(site.name)
+        return site if current is None else changed(site, operator=current.operator)
+
+    def found(self, name: str) -> Found:
+        """The site as it was given, and the modules that apply it."""
+        return self._found[name]
+
+    def original(self, name: str) -> LinearSite:
+        """The site as it stood in the given module."""
+        return self._found[name].site
+
+    def check(self, batch: Inputs) -> None:
+        """Runs one batch and learns which weights are read outside their modules, and which inputs are shared.
+
+        Sharing is taken from this one batch: a model whose wiring depends on its inputs must not be given.
+
+        Raises:
+            UnsupportedError: the model fails on the batch.
+        """
+        with self._as_given():
+            self._trace = trace(self.model, list(self._found.values()), lambda: call(self.model, batch))
+        keys: dict[tuple, str] = {}
+        for name, found in self._found.items():
+            site = found.site
+            reads = {tuple(self._trace.reads.get(reader.path, ())) for reader in found.readers}
+            uses = site.uses
+            if len(reads) == 1 and reads != {()}:
+                key = keys.setdefault(reads.pop(), found.readers[0].path)
+                uses = tuple(use if use.role == "rows" else changed(use, input=key) for use in uses)
+            frozen = site.frozen or self._trace.reason(found)
+            self._found[name] = Found(changed(site, uses=uses, frozen=frozen), found.readers)
+
+    def _ensure_checked(self, batches: Iterable[Inputs]) -> None:
+        if self._trace is None:
+            for batch in batches:
+                self.check(batch)
+                break
+
+    # -- replacing -------------------------------------------------------------------------
+
+    def replace(self, site: LinearSite, by: LinearOperator, shift: Tensor | None = None) -> None:
+        """Installs an expression in every module that applies the site.
+
+        Raises:
+            UsageError: the site cannot be written, or the shapes differ.
+        """
+        original = self.original(site.name)
+        if original.frozen:
+            raise UsageError(f"cannot be replaced: {original.frozen}", where=site.name)
+        if by.shape != original.shape:
+            raise UsageError(f"shape {by.shape} cannot replace {original.shape}", where=site.name)
+        self.journal.entries.append((site.name, self.replacements.get(site.name)))
+        self._set(site.name, Replacement(by, shift))
+
+    def rollback(self, mark: int) -> None:
+        """Undoes every replacement since ``mark``; what was never replaced before is the original module again."""
+        while len(self.journal.entries) > mark:
+            self._set(*self.journal.entries.pop())
+        if not self.replacements:
+            self._pool = Pool(self.model.parameters())
+
+    def _set(self, name: str, replacement: Replacement | None) -> None:
+        for change in reversed(self._changes.pop(name, [])):
+            change.undo()
+        self.replacements.pop(name, None)
+        if replacement is None:
+            return
+        done: list[Change] = []
+        for reader in self._found[name].readers:
+            weight = reader.module._parameters["weight"]
+            factors = self._pool.factors(replacement.operator, device=weight.device, trainable=weight.requires_grad)
+            bias = shifted(reader.bias, replacement.shift, weight)
+            done += install(self._root, reader.module, reader.structured(factors, bias))
+        self._changes[name] = done
+        self.replacements[name] = replacement
+
+    def adopt(self, model: nn.Module) -> None:
+        """Continues with a module that an exact graph pass derived from this one.
+
+        Raises:
+            UsageError: sites were replaced already; graph passes come first.
+        """
+        if self.replacements:
+            raise UsageError("graph rewrites must come before weight rewrites in a pipeline")
+        self._start(model)
+
+    @contextmanager
+    def _as_given(self) -> Iterator[None]:
+        """The original modules in their places."""
+        changes = [change for done in self._changes.values() for change in done]
+        for change in reversed(changes):
+            change.undo()
+        try:
+            yield
+        finally:
+            for change in changes:
+                change.redo()
+
+    # -- running ---------------------------------------------------------------------------
+
+    def run(self, inputs: Inputs) -> Outputs:
+        """Outputs of the module as it was given, dropout off; bfloat16 comes back as float32."""
+        with self._as_given():
+            return run(self.model, inputs)
+
+    def release(self) -> None:
+        """Nothing is kept between runs."""
+
+    def observe(self, batches: Iterable[Inputs], sites: Sequence[LinearSite], *, memory: int) -> Mapping[str, Moments]:
+        """Moments of what the sites read, keyed by :attr:`LinearSite.input`.
+
+        Sites that read one and the same tensor get one and the same object, under every key that is asked for.
+        """
+        batches = module_observe.reusable(batches)
+        self._ensure_checked(batches)
+        keys = {site.input: self.original(site.name) for site in sites}
+        wanted = {original.input: self.found(original.name) for original in keys.values()}
+        with self._as_given():
+            moments = module_observe.observe(self.model, batches, wanted, memory=memory)
+        asked = {key: moments[original.input] for key, original in keys.items() if original.input in moments}
+        return {**moments, **asked}
+
+    def probe(self, batches: Iterable[Inputs], changes: Mapping[str, Replacement]) -> Mapping[str, float]:
+        """Squared relative change of the outputs when each site alone is replaced."""
+        batches = module_observe.reusable(batches)
+        self._ensure_checked(batches)
+        founds = {name: self.found(name) for name in changes}
+        with self._as_given():
+            return module_observe.probe(self.model, batches, founds, changes)
+
+    def macs(self, sample: Inputs) -> int:
+        """Multiply–accumulates of all matrix products, convolutions and attention on ``sample``."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with self._as_given(), FlopCounterMode(display=False) as counter, evaluating(self.model, inference=False):
+            call(self.model, sample)
+        return counter.get_total_flops() // 2
+
+    # -- facts -----------------------------------------------------------------------------
+
+    @property
+    def input_specs(self) -> list[InputSpec]:
+        """The inputs that must be fed: names only, since a signature says no more."""
+        return self.specs_for(())
+
+    def specs_for(self, names: Iterable[str]) -> list[InputSpec]:
+        """The required inputs and those of ``names``, in the order of ``forward``.
+
+        Raises:
+            InvalidInputError: a name that ``forward`` does not take.
+        """
+        parameters, open_ended = forward_parameters(self.model)
+        known = [parameter.name for parameter in parameters]
+        wanted = [str(name) for name in names]
+        for name in wanted:
+            if name not in known and not open_ended:
+                raise InvalidInputError(f"'{name}' is no input of the model", hint=nearest(name, known))
+        required = {p.name for p in parameters if p.default is p.empty}
+        if not required and not wanted:  # Hugging Face gives every input a default
+            required = {getattr(self.model, "main_input_name", known[0] if known else "")} - {""}
+        chosen = [name for name in known if name in required or name in wanted]
+        return [InputSpec(name, None, ()) for name in (*chosen, *(name for name in wanted if name not in known))]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors (parameters and persistent buffers), each once."""
+        with self._as_given():
+            return module_store.nbytes(self.model)
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in all stored floating-point tensors, each once."""
+        with self._as_given():
+            return module_store.parameters(self.model)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the structure and every stored tensor."""
+        with self._as_given():
+            return module_store.fingerprint(self.model)
+
+    def verify(self) -> None:
+        """Checks that every replacement stands where it belongs and holds finite numbers.
+
+        Raises:
+            GateError: it does not; the site is named.
+        """
+        alive = {id(module) for module in self.model.modules()} | {id(self.model)}
+        for name, replacement in self.replacements.items():
+            found = self.found(name)
+            if found.site.frozen:
+                raise GateError(f"was replaced although {found.site.frozen}", where=name)
+            if any(id(reader.module) in alive for reader in found.readers):
+                raise GateError("the original module is still in place", where=name)
+            for path, tensor in tensors(replacement.operator):
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise GateError(f"{path} holds NaN or infinity", where=name)
+
+
+def run(model: nn.Module, inputs: Inputs) -> Outputs:
+    """Outputs of a module by name, as arrays; dropout off, no gradients."""
+    with evaluating(model):
+        return {name: to_array(value) for name, value in named_outputs(call(model, inputs)).items()}

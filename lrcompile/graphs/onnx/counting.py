@@ -1,0 +1,95 @@
+"""Multiply–accumulates of a whole ONNX graph for one sample, from inferred shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from lrcompile.graphs.onnx.constants import constant
+
+Shape = tuple[int, ...]
+
+
+def macs(model: ir.Model, sample: Mapping[str, np.ndarray]) -> int:
+    """Multiply–accumulates of all MatMul, Gemm, Conv and attention nodes on one sample.
+
+    Args:
+        sample: inputs with a leading axis of 1; they give the dynamic dimensions.
+
+    A node whose shapes cannot be inferred counts nothing, as do element-wise operators.
+    """
+    shapes = _shapes(model, {name: array.shape for name, array in sample.items()})
+    total = 0
+    for node in model.graph:
+        rule = _RULES.get(node.op_type)
+        operands = [shapes.get(value.name or "") if value is not None else None for value in node.inputs]
+        output = shapes.get(node.outputs[0].name or "")
+        if rule is not None and output is not None:
+            total += rule(node, operands, output)
+    return total
+
+
+def _shapes(model: ir.Model, given: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Static shapes of all values, by onnx's inference on a model without its large weights."""
+    graph = model.graph.clone()
+    for name, value in list(graph.initializers.items()):
+        tensor = constant(value)
+        if tensor is not None and tensor.size > 1024:
+            value.type, value.shape, value.const_value = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape), None
+            del graph.initializers[name]
+            graph.inputs.append(value)
+    for value in graph.inputs:
+        if value.name in given:
+            value.shape = ir.Shape(given[value.name])
+    for node in graph:
+        for value in node.outputs:
+            value.shape = None  # names of dynamic dimensions would stand in the way of their values
+    functions = [function.clone() for function in model.functions.values()]
+    proto = ir.to_proto(ir.Model(graph, ir_version=model.ir_version, functions=functions))
+    inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+    found: dict[str, Shape] = {name: tuple(value.shape) for name, value in _constants(model).items()}
+    for info in (*inferred.value_info, *inferred.input, *inferred.output):
+        dims = info.type.tensor_type.shape.dim
+        if info.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
+            found[info.name] = tuple(dim.dim_value for dim in dims)
+    return found
+
+
+def _constants(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+    pairs = ((str(name), constant(value)) for name, value in model.graph.initializers.items())
+    return {name: tensor for name, tensor in pairs if tensor is not None}
+
+
+def _matmul(node: ir.Node, operands: list[Shape | None], output: Shape) -> int:
+    left = operands[0]
+    return math.prod(output) * left[-1] if left else 0
+
+
+def _gemm(node: ir.Node, operands: list[Shape | None], output: Shape) -> int:
+    left = operands[0]
+    return math.prod(output) * left[0 if node.attributes.get_int("transA", 0) else 1] if left else 0
+
+
+def _conv(node: ir.Node, operands: list[Shape | None], output: Shape) -> int:
+    kernel = operands[1]
+    return math.prod(output) * math.prod(kernel[1:]) if kernel else 0
+
+
+def _attention(node: ir.Node, operands: list[Shape | None], output: Shape) -> int:
+    """Scores and their product with the values, for 4-D (batch, heads, tokens, width) or packed 3-D inputs."""
+    query, key, value = operands[:3]
+    if not query or not key or not value:
+        return 0
+    return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+_RULES: dict[str, Callable[[ir.Node, list[Shape | None], Shape], int]] = {
+    "MatMul": _matmul,
+    "Gemm": _gemm,
+    "Conv": _conv,
+    "Attention": _attention,
+}

@@ -1,0 +1,277 @@
+"""An ONNX model as a graph of linear sites.
+
+The loaded model is never changed by a replacement: what a site holds now stands in an
+overlay, and a backend writes a new model from both. Roll-back therefore costs nothing, and
+weights are shared by everything that is derived from the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import onnx_ir as ir
+from torch import Tensor
+
+from lrcompile.calibrate import Moments
+from lrcompile.data import InputSpec
+from lrcompile.errors import GateError, UnsupportedError, UsageError
+from lrcompile.graphs.base import Inputs, Journal, Outputs, Replacement
+from lrcompile.graphs.onnx import load
+from lrcompile.graphs.onnx.constants import constant
+from lrcompile.graphs.onnx.naming import site_name, unique
+from lrcompile.graphs.onnx.observe import observe, probe
+from lrcompile.graphs.onnx.raising import Match, Raiser, describe
+from lrcompile.graphs.onnx.session import Session
+from lrcompile.graphs.onnx.tensors import to_torch
+from lrcompile.linop import LinearOperator, structure, tensors
+from lrcompile.sites import LinearSite, Use
+
+class OnnxGraph:
+    """A model with its linear sites and what replaces them.
+
+    Args:
+        model: in topological order; not modified.
+        path: where it was read from, if it was.
+    """
+
+    kind: ClassVar[str] = "onnx"
+
+    def __init__(self, model: ir.Model, path: Path | None = None) -> None:
+        self.model = model
+        self.path = path
+        self.journal = Journal()
+        self.replacements: dict[str, Replacement] = {}
+
+    @classmethod
+    def load(cls, path: str | Path) -> OnnxGraph:
+        """Reads a file; weights stay where they are on disk until they are needed.
+
+        Raises:
+            InvalidInputError: unreadable, unsafe or corrupt.
+            UnsupportedError: beyond the pre-flight limits.
+        """
+        model = load.read(Path(path))
+        load.check_finite(model)
+        return cls(model, Path(path))
+
+    # -- sites -----------------------------------------------------------------------------
+
+    @cached_property
+    def _matched(self) -> dict[str, tuple[LinearSite, tuple[Match, ...]]]:
+        taken: set[str] = set()
+        groups: list[list[Match]] = []
+        index: dict[tuple, list[Match]] = {}
+        for match in Raiser(self.model.graph).sites():
+            key = _group_key(match)
+            if key not in index:
+                index[key] = []
+                groups.append(index[key])
+            index[key].append(match)
+        sites: dict[str, tuple[LinearSite, tuple[Match, ...]]] = {}
+        for matches in groups:
+            name = unique(site_name(matches[0].weight, matches[0].nodes[0]), taken)
+            sites[name] = (_site(name, matches), tuple(matches))
+        return sites
+
+    def linear_sites(self) -> Sequence[LinearSite]:
+        """Every constant linear map, in order of execution, with what it holds now."""
+        return [self._current(site) for site, _ in self._matched.values()]
+
+    def _current(self, site: LinearSite) -> LinearSite:
+        current = self.replacements.get(site.name)
+        if current is None:
+            return site
+        return LinearSite(site.name, current.operator, site.uses, site.window, site.kind, site.frozen)
+
+    def matches(self, name: str) -> tuple[Match, ...]:
+        """The node groups that compute the site."""
+        return self._matched[name][1]
+
+    def original(self, name: str) -> LinearSite:
+        """The site as it stood in the loaded model."""
+        return self._matched[name][0]
+
+    # -- replacing -------------------------------------------------------------------------
+
+    def replace(self, site: LinearSite, by: LinearOperator, shift: Tensor | None = None) -> None:
+        """Installs an expression at every use of the site.
+
+        Raises:
+            UsageError: the site cannot be written, or the shapes differ.
+        """
+        original = self.original(site.name)
+        if original.frozen:
+            raise UsageError(f"cannot be replaced: {original.frozen}", where=site.name)
+        if by.shape != original.shape:
+            raise UsageError(f"shape {by.shape} cannot replace {original.shape}", where=site.name)
+        self.journal.entries.append((site.name, self.replacements.get(site.name)))
+        self.replacements[site.name] = Replacement(by, shift)
+
+    def rollback(self, mark: int) -> None:
+        """Undoes every replacement since ``mark``."""
+        while len(self.journal.entries) > mark:
+            name, before = self.journal.entries.pop()
+            if before is None:
+                self.replacements.pop(name, None)
+            else:
+                self.replacements[name] = before
+
+    def adopt(self, model: ir.Model) -> None:
+        """Continues with a model that an exact graph pass derived from this one.
+
+        Raises:
+            UsageError: sites were replaced already; graph passes come first.
+        """
+        if self.replacements:
+            raise UsageError("graph rewrites must come before weight rewrites in a pipeline")
+        self.model = model
+        for name in ("_matched", "_session"):
+            self.__dict__.pop(name, None)
+
+    # -- running ---------------------------------------------------------------------------
+
+    @cached_property
+    def _session(self) -> Session:
+        return Session(self.model.graph.clone(), self.model)
+
+    def run(self, inputs: Inputs) -> Outputs:
+        """Outputs of the loaded model; bfloat16 is computed in float32."""
+        return self._session.run(inputs)
+
+    def release(self) -> None:
+        """Gives the session's memory back."""
+        self.__dict__.pop("_session", None)
+
+    def observe(self, batches: Iterable[Inputs], sites: Sequence[LinearSite], *, memory: int) -> Mapping[str, Moments]:
+        """Moments of what the sites read, keyed by :attr:`LinearSite.input`."""
+        matches = {site.name: self.matches(site.name) for site in sites}
+        return observe(self.model, batches, sites, matches, memory=memory)
+
+    def probe(self, batches: Iterable[Inputs], changes: Mapping[str, Replacement]) -> Mapping[str, float]:
+        """Squared relative change of the outputs when each site alone is replaced."""
+        pairs = {name: (self.original(name), self.matches(name)) for name in changes}
+        return probe(self.model, batches, pairs, changes)
+
+    # -- facts -----------------------------------------------------------------------------
+
+    @property
+    def input_specs(self) -> list[InputSpec]:
+        """Name, dtype and shape of every input that must be fed."""
+        specs = []
+        for value in self.model.graph.inputs:
+            if value.name in self.model.graph.initializers:
+                continue
+            dtype = value.dtype.numpy() if value.dtype is not None else None
+            shape = [dim if isinstance(dim, int) else str(dim.value or "") for dim in value.shape or []]
+            specs.append(InputSpec(str(value.name), dtype, shape))
+        return specs
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in all floating-point tensors."""
+        return sum(tensor.size for tensor in self._tensors() if tensor.dtype.is_floating_point())
+
+    def _tensors(self) -> Iterable[ir.TensorProtocol]:
+        for graph in self.model.graphs():
+            for value in graph.initializers.values():
+                if value.const_value is not None:
+                    yield value.const_value
+            for node in graph:
+                for attribute in node.attributes.values():
+                    if attribute.type == ir.AttributeType.TENSOR:
+                        yield attribute.as_tensor()
+
+    def subgraph_weights(self) -> list[str]:
+        """Nodes inside If, Loop and Scan bodies that hold a matrix; they pass through unchanged."""
+        main = self.model.graph
+        found = []
+        for node in main.all_nodes():
+            if node.graph is main or node.op_type not in ("MatMul", "Gemm", "Conv"):
+                continue
+            if any(tensor is not None and len(tensor.shape) >= 2 for tensor in map(constant, node.inputs)):
+                found.append(node.name or node.op_type)
+        return found
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the structure and every stored tensor."""
+        digest = hashlib.sha256()
+        for node in self.model.graph.all_nodes():
+            digest.update(repr((node.domain, node.op_type, [v.name if v else "" for v in node.inputs])).encode())
+            digest.update(repr([(name, str(attr)[:200]) for name, attr in node.attributes.items()]).encode())
+        for tensor in self._tensors():
+            digest.update(repr((tensor.name, str(tensor.dtype), tuple(tensor.shape))).encode())
+            digest.update(memoryview(to_torch(tensor).contiguous().flatten().view(_bytes()).numpy()))
+        return digest.hexdigest()
+
+    def verify(self) -> None:
+        """Checks that the model is well-formed.
+
+        Raises:
+            GateError: it is not; the text is the checker's.
+        """
+        names = [value.name for value in self.model.graph.inputs]
+        if len(set(names)) != len(names):
+            raise GateError("two graph inputs share a name")
+        if not self.model.graph.outputs:
+            raise UnsupportedError("the graph has no outputs")
+
+
+def _bytes():  # noqa: ANN202 - torch is imported where it is used
+    import torch
+
+    return torch.uint8
+
+
+def _group_key(match: Match) -> tuple:
+    """Equal for matches with the same leaves in the same structure."""
+    identities = tuple(tensor.data_ptr() for _, tensor in tensors(match.operator))
+    return (structure(match.operator), identities, match.kind == "Conv")
+
+
+def _site(name: str, matches: list[Match]) -> LinearSite:
+    first = matches[0]
+    uses = tuple(
+        Use(match.nodes[-1].name or str(match.root.name), str(match.source.name), _bias(match)) for match in matches
+    )
+    kind = describe(first)
+    return LinearSite(name, first.operator, uses, first.window, kind, _frozen(matches))
+
+
+def _bias(match: Match) -> Tensor | None:
+    tensor = constant(match.bias)
+    return None if tensor is None else to_torch(tensor).reshape(-1)
+
+
+def _frozen(matches: list[Match]) -> str:
+    """Why the site must stay: somebody else reads a stored tensor of it."""
+    nodes = {id(node) for match in matches for node in match.nodes}
+    for match in matches:
+        for node in match.nodes:
+            for value in node.inputs:
+                outsider = _outside_reader(value, nodes)
+                if outsider:
+                    return outsider
+    return ""
+
+
+def _outside_reader(value: ir.Value | None, nodes: set[int]) -> str:
+    if value is None or constant(value) is None or len(constant(value).shape) != 2:
+        return ""
+    for user, index in value.uses():
+        if id(user) in nodes or user.op_type in ("Transpose", "Identity"):
+            continue
+        if user.op_type == "Gather" and index == 0:
+            return f"its weight is also read row by row, as an embedding, by {user.name or user.op_type}"
+        return f"its weight is also read by {user.name or user.op_type}"
+    return ""
+
+

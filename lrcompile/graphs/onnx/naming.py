@@ -1,0 +1,58 @@
+"""Names of sites: the module path of the original model, where the exporter left a trace of it."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import onnx_ir as ir
+
+_GENERATED = re.compile(r"^(onnx::|val_|_?t?_?\d+$|[A-Za-z]+_\d+$|const)")
+_OPERATORS = ("MatMul", "Gemm", "Conv", "linear", "matmul", "addmm", "conv2d", "conv1d", "mm")
+
+
+def site_name(weight: ir.Value | None, node: ir.Node) -> str:
+    """The best name for the linear map that ``node`` computes with ``weight``.
+
+    In this order: the initializer's own name unless a tool made it up, the module scope in the
+    metadata of torch's exporter, the scoped node name of the older exporter, the node's name.
+    """
+    candidates = (_from_weight(weight), _from_scopes(node), _from_node_name(node.name or ""))
+    return next((name for name in candidates if name), node.name or (weight.name if weight else "") or "linear")
+
+
+def _from_weight(weight: ir.Value | None) -> str:
+    name = (weight.name or "") if weight is not None else ""
+    if not name or _GENERATED.match(name):
+        return ""
+    return name.removesuffix(".weight")
+
+
+def _from_scopes(node: ir.Node) -> str:
+    text = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+    try:
+        scopes = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return ""
+    if not isinstance(scopes, list) or len(scopes) < 2:
+        return ""
+    return str(scopes[-2])  # the last scope is the operator itself
+
+
+def _from_node_name(name: str) -> str:
+    if "/" not in name:
+        return ""
+    parts = [part for part in name.split("/") if part]
+    if parts and parts[-1].split("_")[0] in _OPERATORS:
+        parts = parts[:-1]
+    return ".".join(parts)
+
+
+def unique(name: str, taken: set[str]) -> str:
+    """``name``, or ``name#2`` and so on where it is taken; adds the result to ``taken``."""
+    result, count = name, 1
+    while result in taken:
+        count += 1
+        result = f"{name}#{count}"
+    taken.add(result)
+    return result

@@ -1,0 +1,278 @@
+"""Statistics of an ONNX model by running it: moments of values, and probes of single sites.
+
+A probe replaces one site and runs only what lies downstream of it: everything else is computed
+once per batch and fed to the rest. It needs no gradients, so every graph that runs has probes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from lrcompile.calibrate import Collector, Moments, groups, token_mask, token_rows
+from lrcompile.graphs.base import Inputs, Replacement
+from lrcompile.graphs.onnx.constants import constant
+from lrcompile.graphs.onnx.raising import Match
+from lrcompile.graphs.onnx.session import Session
+from lrcompile.graphs.onnx.splice import Splicer, Tape, add_bias
+from lrcompile.graphs.onnx.tensors import from_torch
+from lrcompile.linop import LinearOperator, apply, densify
+from lrcompile.sites import LinearSite
+
+Pairs = Mapping[str, tuple[LinearSite, tuple[Match, ...]]]
+
+
+def tensors_of(inputs: Inputs) -> dict[str, Tensor]:
+    """Inputs as tensors, by reference where numpy's type has a torch twin."""
+    return {name: torch.from_numpy(np.asarray(array)) for name, array in inputs.items() if array.dtype.kind in "fiub"}
+
+
+def observe(
+    model: ir.Model,
+    batches: Iterable[Inputs],
+    sites: Sequence[LinearSite],
+    matches: Mapping[str, tuple[Match, ...]],
+    *,
+    memory: int,
+) -> dict[str, Moments]:
+    """Moments of what the sites read, in groups whose Gram matrices fit ``memory`` bytes."""
+    sizes = {site.input: site.shape[1] for site in sites}
+    readers = {site.input: matches[site.name] for site in sites}
+    found: dict[str, Moments] = {}
+    for group in groups(sizes, memory):
+        collector = Collector()
+        session = _session_with(model, [match.source for key in group for match in readers[key]])
+        for batch in batches:
+            _collect(collector, session, batch, {key: readers[key] for key in group})
+        found.update(collector.moments)
+    return found
+
+
+def _session_with(model: ir.Model, values: Iterable[ir.Value]) -> Session:
+    """A session whose outputs are these values of the model."""
+    names = dict.fromkeys(str(value.name) for value in values)
+    graph = model.graph.clone()
+    by_name = {value.name: value for value in graph.inputs}
+    by_name.update((value.name, value) for node in graph for value in node.outputs)
+    chosen = [by_name[name] for name in names if not by_name[name].is_graph_input()]  # inputs are known already
+    if chosen:
+        graph.outputs.clear()
+        graph.outputs.extend(chosen)
+    _prune(graph)
+    return Session(graph, model)
+
+
+def _prune(graph: ir.Graph) -> None:
+    """Removes what the outputs do not need; inputs stay."""
+    for node in reversed(graph):
+        if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
+            del graph.initializers[name]
+
+
+def _collect(
+    collector: Collector, session: Session, batch: Inputs, readers: Mapping[str, tuple[Match, ...]]
+) -> None:
+    values = {**batch, **session.run(batch)}
+    samples = len(next(iter(batch.values()))) if batch else 0
+    mask = token_mask(tensors_of(batch))
+    for key, matches in readers.items():
+        for match in matches:
+            rows = site_rows(torch.from_numpy(values[str(match.source.name)]), match, mask)
+            collector.add(key, rows, samples)
+
+
+def site_rows(value: Tensor, match: Match, mask: Tensor | None) -> Tensor:
+    """The vectors (tokens, in) that a match multiplies; padding left out."""
+    if match.window is not None:
+        index = (slice(None), slice(None), *(slice(None, None, step) for step in match.window.strides))
+        value = value[index]
+    return token_rows(value, mask, channel_axis=match.axis)
+
+
+# -- probes --------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Suffix:
+    """What lies downstream of a site, as a session that is fed the site's roots."""
+
+    boundary: list[str]
+    outputs: list[str]
+    nodes: set[int]
+    session: Session | None = None
+
+
+def probe(
+    model: ir.Model, batches: Iterable[Inputs], pairs: Pairs, changes: Mapping[str, Replacement]
+) -> dict[str, float]:
+    """Squared relative L2 change of the float outputs (summed) when a site alone is replaced.
+
+    Padding is left out of outputs whose leading axes are those of the token mask.
+    """
+    outputs = [str(value.name) for value in model.graph.outputs]
+    owners = _owners(model.graph)
+    suffixes = {name: _suffix(model.graph, matches, owners) for name, (_, matches) in pairs.items()}
+    wanted = dict.fromkeys(outputs)
+    for name, suffix in suffixes.items():
+        wanted.update(dict.fromkeys(suffix.boundary))
+        for match in pairs[name][1]:
+            wanted.update({str(match.source.name): None, str(match.root.name): None})
+    prefix = _session_with(model, [value for value in _values(model.graph) if value.name in wanted])
+    change = {name: dict.fromkeys(outputs, 0.0) for name in pairs}
+    norm = dict.fromkeys(outputs, 0.0)
+    for batch in batches:
+        dense = {**batch, **prefix.run(batch)}
+        mask = token_mask(tensors_of(batch))
+        floats = [name for name in outputs if dense[name].dtype.kind == "f"]
+        for name in floats:
+            norm[name] += _energy(dense[name], mask)
+        for site, suffix in suffixes.items():
+            changed = _changed_outputs(model, suffix, pairs[site], changes[site], dense, batch)
+            for name in floats:
+                if name in changed:
+                    change[site][name] += _energy(changed[name] - dense[name], mask)
+    return {
+        site: sum(value / norm[name] for name, value in per_output.items() if norm[name] > 0)
+        for site, per_output in change.items()
+    }
+
+
+def _values(graph: ir.Graph) -> Iterable[ir.Value]:
+    yield from graph.inputs
+    for node in graph:
+        yield from node.outputs
+
+
+def _energy(array: np.ndarray, mask: Tensor | None) -> float:
+    tensor = torch.from_numpy(np.ascontiguousarray(array)).double()
+    if mask is not None and tensor.shape[: mask.ndim] == mask.shape:
+        tensor = tensor[mask]
+    return float(tensor.square().sum())
+
+
+def _owners(graph: ir.Graph) -> dict[int, ir.Node]:
+    """For every node inside a body: the node of ``graph`` that holds the body."""
+    owners: dict[int, ir.Node] = {}
+    for node in graph:
+        for body in _bodies(node):
+            owners.update((id(inner), node) for inner in body.all_nodes())
+    return owners
+
+
+def _bodies(node: ir.Node) -> Iterable[ir.Graph]:
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
+
+
+def _suffix(graph: ir.Graph, matches: tuple[Match, ...], owners: Mapping[int, ir.Node]) -> _Suffix:
+    """The nodes that depend on the matches' roots, and the other values that they read."""
+    roots = {id(match.root) for match in matches}
+    reached: set[int] = set()
+    waiting = [match.root for match in matches]
+    while waiting:
+        for user, _ in waiting.pop().uses():
+            node = owners.get(id(user), user)
+            if id(node) not in reached:
+                reached.add(id(node))
+                waiting.extend(node.outputs)
+    nodes = [node for node in graph if id(node) in reached]
+    inside = {id(value) for node in nodes for value in node.outputs} | roots
+    boundary = {
+        str(value.name): None
+        for node in nodes
+        for value in _reads(node)
+        if id(value) not in inside and constant(value) is None
+    }
+    outputs = [str(value.name) for value in graph.outputs if id(value) in inside]
+    return _Suffix(list(boundary), outputs, reached)
+
+
+def _reads(node: ir.Node) -> Iterable[ir.Value]:
+    """Values of the enclosing graph that a node reads, its bodies included."""
+    yield from (value for value in node.inputs if value is not None)
+    for body in _bodies(node):
+        own = {id(value) for inner in body.all_nodes() for value in inner.outputs} | set(map(id, body.inputs))
+        for inner in body.all_nodes():
+            yield from (value for value in inner.inputs if value is not None and id(value) not in own)
+
+
+def _changed_outputs(
+    model: ir.Model,
+    suffix: _Suffix,
+    pair: tuple[LinearSite, tuple[Match, ...]],
+    change: Replacement,
+    dense: Mapping[str, np.ndarray],
+    batch: Inputs,
+) -> dict[str, np.ndarray]:
+    site, matches = pair
+    if any(id(node) in suffix.nodes for match in matches for node in match.nodes):
+        if suffix.session is None:  # one use feeds another: run it all with the weight replaced
+            suffix.session = _replaced_session(model, matches, change)
+        return suffix.session.run(batch, suffix.outputs)
+    if suffix.session is None:
+        suffix.session = _suffix_session(model, suffix, matches, dense)
+    feeds = dict(dense)
+    for match in matches:
+        delta = _delta(torch.from_numpy(dense[str(match.source.name)]), match, site.operator, change)
+        root = dense[str(match.root.name)]
+        feeds[str(match.root.name)] = (root + delta.numpy()).astype(root.dtype)
+    return suffix.session.run(feeds)
+
+
+def _delta(value: Tensor, match: Match, before: LinearOperator, change: Replacement) -> Tensor:
+    """What the replacement adds to the root, given what the match reads."""
+    value = value.float()
+    if match.window is not None:
+        value = value[(slice(None), slice(None), *(slice(None, None, step) for step in match.window.strides))]
+    moved = value.movedim(match.axis, -1)
+    delta = apply(change.operator, moved) - apply(before, moved)
+    if change.shift is not None:
+        delta = delta + change.shift.to(delta.dtype)
+    return delta if match.axis == 0 else delta.movedim(-1, match.axis)
+
+
+def _suffix_session(
+    model: ir.Model, suffix: _Suffix, matches: tuple[Match, ...], dense: Mapping[str, np.ndarray]
+) -> Session:
+    inputs = [*suffix.boundary, *(str(match.root.name) for match in matches)]
+    part = ir.convenience.extract(model.graph, list(dict.fromkeys(inputs)), suffix.outputs)
+    for value in part.inputs:
+        array = dense[str(value.name)]
+        value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
+        value.shape = ir.Shape([None] * array.ndim)
+    return Session(part, model)
+
+
+def _replaced_session(model: ir.Model, matches: tuple[Match, ...], change: Replacement) -> Session:
+    graph = model.graph.clone()
+    splicer = Splicer(model.graph, graph)
+    for match in matches:
+        splicer.replace(match, lambda tape, m, source: _dense_chain(tape, m, source, change, splicer), "probe")
+    splicer.drop_unused()
+    return Session(graph, model)
+
+
+def _dense_chain(tape: Tape, match: Match, source: ir.Value, change: Replacement, splicer: Splicer) -> ir.Value:
+    """The replaced map as a single MatMul, or Conv where it has a window."""
+    matrix = densify(change.operator)
+    if match.window is not None:
+        shaped = matrix.reshape(*matrix.shape, *match.window.kernel).contiguous()
+        weight = tape.constant(from_torch(shaped, "probe.weight"), "probe.weight")
+        result = tape.op("Conv", [source, weight], [ir.AttrInt64s("strides", match.window.strides)])
+    else:
+        weight = tape.constant(from_torch(matrix.T.contiguous(), "probe.weight"), "probe.weight")
+        if match.axis == 0:
+            source = tape.op("Transpose", [source], [ir.AttrInt64s("perm", [1, 0])])
+        result = tape.op("MatMul", [source, weight])
+    return add_bias(tape, match, result, change.shift, splicer)

@@ -1,0 +1,182 @@
+"""Running parts of a graph in ONNX Runtime without a second copy of its weights.
+
+Large float constants become inputs of the session and are passed by reference on every
+run; small ones, which carry shapes and axes, stay where they are. So a session of any part
+of a model costs kilobytes, and dozens of them can live side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from lrcompile.errors import LrcompileError, UnsupportedError
+from lrcompile.graphs.onnx.constants import FLOATS, constant
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+BY_REFERENCE = 4096
+"""Float constants with more elements than this are passed to the session by reference."""
+
+
+def options(threads: int = 0) -> onnxruntime.SessionOptions:
+    """Session options of every run of ours: quiet, on the CPU, ``threads`` (0: all cores)."""
+    import onnxruntime
+
+    chosen = onnxruntime.SessionOptions()
+    chosen.log_severity_level = 4
+    chosen.intra_op_num_threads = threads
+    chosen.inter_op_num_threads = 1
+    return chosen
+
+
+def create(source: bytes | str, chosen: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session.
+
+    Raises:
+        UnsupportedError: ONNX Runtime has no kernel for the model or refuses it.
+    """
+    import onnxruntime
+
+    try:
+        return onnxruntime.InferenceSession(source, chosen, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises half a dozen unrelated types
+        raise UnsupportedError(
+            f"ONNX Runtime cannot load the model: {first_line(error)}",
+            hint="run `python -m onnxruntime.tools.check_onnx_model_mobile_usability` or onnx.checker on it",
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def has_bfloat16(graph: ir.Graph) -> bool:
+    """Whether any value of the graph is bfloat16, for which the CPU has no kernels."""
+    values = [*graph.inputs, *graph.outputs, *graph.initializers.values()]
+    return any(value.dtype == ir.DataType.BFLOAT16 for value in values)
+
+
+def widen(graph: ir.Graph) -> None:
+    """Turns bfloat16 into float32 everywhere, in place: what the numbers mean stays the same."""
+    for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]:
+        _widen_value(value)
+    for node in graph.all_nodes():
+        for output in node.outputs:
+            _widen_value(output)
+        for name, attribute in list(node.attributes.items()):
+            if name in ("to", "dtype") and attribute.type == ir.AttributeType.INT:
+                if attribute.as_int() == ir.DataType.BFLOAT16:
+                    node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
+            elif attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == ir.DataType.BFLOAT16:
+                node.attributes[name] = ir.AttrTensor(name, _widened(attribute.as_tensor()))
+
+
+def _widen_value(value: ir.Value) -> None:
+    if value.dtype == ir.DataType.BFLOAT16:
+        value.dtype = ir.DataType.FLOAT
+    if value.const_value is not None and value.const_value.dtype == ir.DataType.BFLOAT16:
+        value.const_value = _widened(value.const_value)
+
+
+def _widened(tensor: ir.TensorProtocol) -> ir.Tensor:
+    return ir.Tensor(tensor.numpy().astype(np.float32), name=tensor.name)
+
+
+class Session:
+    """A graph ready to run, its large weights passed by reference.
+
+    Args:
+        graph: owned by the session from now on; its constants are taken out.
+        like: the model that gives opsets, functions and the IR version.
+    """
+
+    def __init__(self, graph: ir.Graph, like: ir.Model, *, threads: int = 0) -> None:
+        import onnxruntime
+
+        if has_bfloat16(graph):
+            widen(graph)
+        self.weights: dict[str, Any] = {}
+        for name, tensor in _take_constants(graph).items():
+            self.weights[name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor.numpy()))
+        self.inputs = [value.name for value in graph.inputs if value.name not in self.weights]
+        self.outputs = [str(value.name) for value in graph.outputs]
+        functions = [function.clone() for function in like.functions.values()]
+        model = ir.Model(graph, ir_version=like.ir_version, functions=functions)
+        chosen = options(threads)
+        chosen.enable_cpu_mem_arena = False  # the arena would keep the largest intermediate of each session
+        self.session = create(ir.to_proto(model).SerializeToString(), chosen)
+
+    def run(self, feeds: Mapping[str, np.ndarray | Any], names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """Outputs by name; ``feeds`` may hold more than the session reads.
+
+        Raises:
+            UnsupportedError: ONNX Runtime fails on these inputs.
+        """
+        import onnxruntime
+
+        values = dict(self.weights)
+        for name in self.inputs:
+            feed = feeds[str(name)]
+            if isinstance(feed, np.ndarray):
+                feed = onnxruntime.OrtValue.ortvalue_from_numpy(_runnable(feed))
+            values[str(name)] = feed
+        wanted = list(self.outputs if names is None else names)
+        try:
+            results = self.session.run_with_ort_values(wanted, values)
+        except LrcompileError:
+            raise
+        except Exception as error:  # as above
+            raise UnsupportedError(f"ONNX Runtime fails on these inputs: {first_line(error)}") from error
+        return {name: result.numpy() for name, result in zip(wanted, results, strict=True)}
+
+
+class FileSession:
+    """A model file in ONNX Runtime, as a user would load it."""
+
+    def __init__(self, path: str, *, threads: int = 0) -> None:
+        self.session = create(path, options(threads))
+        self.inputs = [value.name for value in self.session.get_inputs()]
+        self.outputs = [value.name for value in self.session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name.
+
+        Raises:
+            UnsupportedError: ONNX Runtime fails on these inputs.
+        """
+        try:
+            results = self.session.run(None, {name: inputs[name] for name in self.inputs})
+        except Exception as error:  # onnxruntime raises half a dozen unrelated types
+            raise UnsupportedError(f"ONNX Runtime fails on these inputs: {first_line(error)}") from error
+        return dict(zip(self.outputs, results, strict=True))
+
+
+def _runnable(array: np.ndarray) -> np.ndarray:
+    if array.dtype == ml_dtypes.bfloat16:
+        return array.astype(np.float32)
+    return np.ascontiguousarray(array)
+
+
+def _take_constants(graph: ir.Graph) -> dict[str, ir.TensorProtocol]:
+    """Moves large float constants out of the graph; they become its inputs."""
+    taken: dict[str, ir.TensorProtocol] = {}
+    for name, value in list(graph.initializers.items()):
+        tensor = constant(value)
+        if tensor is None or tensor.size <= BY_REFERENCE or tensor.dtype not in FLOATS:
+            continue
+        if any(node.graph is not graph for node, _ in value.uses()) or value.is_graph_output():
+            continue
+        taken[name] = tensor
+        value.dtype = tensor.dtype
+        value.shape = ir.Shape(tensor.shape)
+        value.const_value = None
+        del graph.initializers[name]
+        graph.inputs.append(value)
+    return taken

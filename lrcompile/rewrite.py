@@ -1,0 +1,234 @@
+"""Passes: what they propose, what they are told, and how their options are written.
+
+A pass is a frozen dataclass. Its fields are its options, its command-line form
+(``low-rank{metric=plain}``), its printing and its equality, from one declaration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lrcompile.calibrate import Moments
+from lrcompile.errors import UsageError, nearest
+from lrcompile.graphs.base import Graph, Replacement
+from lrcompile.linop import Cost, LinearOperator, cost, densify
+from lrcompile.sites import LinearSite
+
+
+@dataclass(eq=False)
+class Proposal:
+    """A cheaper expression for one or several sites, built only when it is chosen.
+
+    Attributes:
+        sites: names of the sites that it covers.
+        error: predicted increase of the loss; comparable between all proposals of a run.
+        cost: stored values, bytes, and multiply–accumulates per token of all uses.
+        build: makes the replacements.
+        label: what it is, for reports (``rank 96``).
+        source: the name of the pass.
+    """
+
+    sites: tuple[str, ...]
+    error: float
+    cost: Cost
+    build: Callable[[], Mapping[str, Replacement]]
+    label: str = ""
+    source: str = ""
+
+    @cached_property
+    def by(self) -> Mapping[str, Replacement]:
+        """The replacements."""
+        return self.build()
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A site that a pass changed."""
+
+    site: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A site that a pass left alone, and why."""
+
+    site: str
+    reason: str
+
+
+Outcome = Rewritten | Refused
+
+
+@dataclass(eq=False)
+class Context:
+    """What a pass may ask for: statistics of a site, scales of its loss, ranks, randomness.
+
+    Args:
+        graph: the model.
+        moments: by :attr:`LinearSite.input`; empty without calibration data.
+        scales: loss per unit of a site's error energy; 1 where nothing was measured.
+        align: ranks are multiples of this, as the target likes.
+        seed: of everything random.
+    """
+
+    graph: Graph
+    moments: Mapping[str, Moments] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
+    align: int = 8
+    seed: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def statistics(self, site: LinearSite) -> Moments | None:
+        """Moments of what the site reads, or None without calibration data."""
+        return self.moments.get(site.input)
+
+    def scale(self, site: LinearSite) -> float:
+        """Loss per unit of error energy at the site's output."""
+        return self.scales.get(site.name, 1.0)
+
+    def ranks(self, site: LinearSite) -> list[int]:
+        """Aligned ranks below break-even, the smallest first."""
+        out, into = site.shape
+        limit = (out * into - 1) // (out + into)
+        return list(range(self.align, limit + 1, self.align))
+
+    def randn(self, *shape: int) -> Tensor:
+        """Normal numbers that depend on the seed and the shape only, float64."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def error(self, site: LinearSite, operator: LinearOperator) -> float:
+        """``E‖(W − Ŵ) x‖²`` times the site's scale; without data the squared Frobenius norm."""
+        difference = densify(site.operator).double() - densify(operator).double()
+        moments = self.statistics(site)
+        energy = (difference.square() if moments is None else (difference @ moments.second()) * difference).sum()
+        return max(float(energy), 0.0) * self.scale(site)
+
+    def price(self, site: LinearSite, operator: LinearOperator) -> Cost:
+        """Stored values and bytes once, multiply–accumulates per token for each use."""
+        return cost([(index, operator) for index in range(len(site.uses))])
+
+
+class Pass(ABC):
+    """Something that rewrites a graph. ``exact`` passes reproduce the outputs to rounding."""
+
+    name: ClassVar[str]
+    exact: ClassVar[bool] = False
+
+    @classmethod
+    def options(cls) -> dict[str, tuple[str, Any]]:
+        """Every option with its type and default."""
+        return {f.name: (str(f.type), _default(f)) for f in dataclasses.fields(cls)} if _is_data(cls) else {}
+
+    def __str__(self) -> str:
+        if not _is_data(type(self)):
+            return self.name
+        changed = [
+            f"{f.name}={getattr(self, f.name)}"
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            if getattr(self, f.name) != _default(f)
+        ]
+        return f"{self.name}{{{', '.join(changed)}}}" if changed else self.name
+
+
+def _is_data(cls: type) -> bool:
+    return dataclasses.is_dataclass(cls)
+
+
+def _default(f: dataclasses.Field) -> Any:
+    if f.default is not dataclasses.MISSING:
+        return f.default
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else None
+
+
+class GraphPass(Pass):
+    """A pass that rewrites a graph directly; exact unless it says otherwise."""
+
+    exact: ClassVar[bool] = True
+
+    @abstractmethod
+    def apply(self, graph: Graph, context: Context) -> Sequence[Outcome]:
+        """Rewrites the graph in place and says what it did and what it left alone."""
+
+
+class LinearPass(Pass):
+    """A pass over single linear sites; the allocator decides among what it proposes."""
+
+    def propose(self, site: LinearSite, context: Context) -> Iterator[LinearOperator]:
+        """Cheaper expressions for the site; most users override this one."""
+        raise UsageError(f"{self.name}: a linear pass defines propose() or proposals()")
+
+    def refuse(self, site: LinearSite, context: Context) -> str:
+        """Why the pass leaves the site alone; empty where it does not."""
+        return ""
+
+    def proposals(self, site: LinearSite, context: Context) -> Iterator[Proposal]:
+        """Proposals with error and cost; override it where both are known without building."""
+        for operator in self.propose(site, context):
+            yield Proposal(
+                (site.name,),
+                context.error(site, operator),
+                context.price(site, operator),
+                lambda op=operator: {site.name: Replacement(_like(op, site))},
+                label=repr(operator),
+                source=self.name,
+            )
+
+
+def _like(operator: LinearOperator, site: LinearSite) -> LinearOperator:
+    """The operator in the dtype that the site stores."""
+    from lrcompile.linop import Dense, map_leaves
+
+    dtype = storage_dtype(site.operator)
+    return map_leaves(operator, lambda leaf: Dense(leaf.weight.to(dtype)) if isinstance(leaf, Dense) else leaf)
+
+
+def storage_dtype(operator: LinearOperator) -> torch.dtype:
+    """The floating dtype that an operator is stored in."""
+    from lrcompile.linop import tensors
+
+    return next((t.dtype for _, t in tensors(operator) if t.is_floating_point()), torch.float32)
+
+
+def parse(text: str, known: Mapping[str, type[Pass]]) -> Pass:
+    """``low-rank{metric=plain, align=16}`` as a pass.
+
+    Raises:
+        UsageError: unknown pass or option (with the nearest name), or a value of the wrong type.
+    """
+    name, brace, rest = text.strip().partition("{")
+    if name not in known:
+        raise UsageError(f"unknown pass '{name}'", hint=nearest(name, known))
+    if brace and not rest.endswith("}"):
+        raise UsageError(f"'{text}' lacks its closing brace", where=name)
+    cls = known[name]
+    values = {}
+    for item in filter(None, (part.strip() for part in rest.removesuffix("}").split(","))):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if key not in cls.options() or not equals:
+            raise UsageError(f"unknown option '{key}'", where=name, hint=nearest(key, cls.options()))
+        values[key] = _convert(value, cls.options()[key], f"{name}.{key}")
+    return cls(**values)
+
+
+def _convert(text: str, option: tuple[str, Any], where: str) -> Any:
+    kind, default = option
+    try:
+        if "bool" in kind or isinstance(default, bool):
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if isinstance(default, int):
+            return int(text)
+        if isinstance(default, float) or "float" in kind:
+            return float(text)
+        return text
+    except (KeyError, ValueError):
+        raise UsageError(f"'{text}' is not {kind}", where=where) from None

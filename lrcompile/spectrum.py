@@ -1,0 +1,116 @@
+"""The best low-rank approximation of a weight in the metric of its inputs.
+
+Minimises ``tr[(Ŵ − W) H (Ŵ − W)ᵀ]`` over matrices of rank r, for every r at once. The optimum is
+a projection: of the outputs onto the leading eigenvectors of ``W H Wᵀ`` where the weight is wide
+(no inverse is needed, so a singular H does no harm), of the whitened inputs where it is tall
+(SVD-LLM, arXiv 2403.07378; the projection form is in arXiv 2604.01609).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lrcompile.calibrate import Moments
+
+Metric = Literal["whitened", "diagonal", "plain"]
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """Eigenvalues of the weight's output energy, largest first, and the basis that goes with them.
+
+    Attributes:
+        energies: (k,) float64, ``k = min(out, in)``; their tail sums are the errors.
+        tails: (k + 1,) float64; ``tails[r]`` is the error of the best rank-r approximation.
+    """
+
+    weight: Tensor  # (out, in)
+    energies: Tensor
+    tails: Tensor
+    basis: Tensor  # (out, k) where wide, (in, k) where tall: eigenvectors in the whitened space
+    root: Tensor | None  # lower Cholesky factor of H, or (in,) square roots of a diagonal one
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Balanced factors (out, rank), (rank, in) of the best approximation, float64.
+
+        Columns are scaled to equal norm with their rows, and signed so that the entry of largest
+        magnitude in each column is positive: equal inputs give equal bytes.
+        """
+        weight, basis = self.weight.double(), self.basis[:, :rank].double()
+        if self.root is None:
+            left, right = basis, basis.T @ weight
+        elif self.root.ndim == 1:
+            left, right = (weight * self.root) @ basis, basis.T / self.root
+        else:
+            left = (weight @ self.root) @ basis
+            right = torch.linalg.solve_triangular(self.root, basis.T, upper=False, left=False)
+        return _balanced(left, right)
+
+
+def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    tiny = torch.finfo(torch.float64).tiny
+    scale = (right.norm(dim=1).clamp_min(tiny) / left.norm(dim=0).clamp_min(tiny)).sqrt()
+    top = left.abs().argmax(dim=0)
+    scale = scale * torch.where(left.gather(0, top[None])[0] < 0, -1.0, 1.0)
+    return left * scale, right / scale[:, None]
+
+
+def metric_matrix(
+    moments: Moments | None, metric: Metric, *, center: bool, shrink: float, damp: float, alpha: float
+) -> Tensor | None:
+    """The matrix H, (in, in) or its diagonal (in,), float64; None for the plain norm.
+
+    Args:
+        center: use the covariance; the mean is then corrected by a shift of the bias.
+        shrink: share by which off-diagonal entries shrink towards zero.
+        damp: multiple of the mean diagonal that is added to the diagonal.
+        alpha: exponent of ASVD's channel scale ``mean |x|`` (arXiv 2312.05821).
+    """
+    if metric == "plain" or moments is None:
+        return None
+    if metric == "diagonal":
+        scale = (moments.absolute.double() / max(moments.tokens, 1)) ** alpha
+        return (scale.clamp_min(1e-6 * float(scale.max()) or 1.0)).square()
+    matrix = moments.covariance() if center else moments.second()
+    diagonal = matrix.diagonal().clone().clamp_min(0)
+    floor = float(diagonal.mean()) or 1.0
+    matrix = (1 - shrink) * matrix
+    matrix.diagonal().copy_(diagonal + damp * floor)
+    return matrix
+
+
+def spectrum(weight: Tensor, metric: Tensor | None) -> Spectrum:
+    """Decomposes ``weight`` (out, in) in a metric from :func:`metric_matrix`."""
+    wide = weight.double()
+    out, into = wide.shape
+    if out <= into:
+        inner = wide if metric is None else wide @ metric if metric.ndim == 2 else wide * metric
+        return _decompose(weight, inner @ wide.T, None)
+    root = torch.ones(into, dtype=torch.float64) if metric is None else _root(metric)
+    whitened = wide * root if root.ndim == 1 else wide @ root
+    return _decompose(weight, whitened.T @ whitened, root)
+
+
+def _root(metric: Tensor) -> Tensor:
+    """A square root of the metric: lower triangular, or a vector where it is diagonal."""
+    if metric.ndim == 1:
+        return metric.sqrt()
+    jitter = float(metric.diagonal().mean()) * 1e-12
+    for _ in range(12):
+        root, failed = torch.linalg.cholesky_ex(metric + jitter * torch.eye(len(metric), dtype=metric.dtype))
+        if not failed:
+            return root
+        jitter *= 10
+    return metric.diagonal().clamp_min(jitter).sqrt()
+
+
+def _decompose(weight: Tensor, energy: Tensor, root: Tensor | None) -> Spectrum:
+    values, vectors = torch.linalg.eigh((energy + energy.T) / 2)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    tails = torch.zeros(len(values) + 1, dtype=torch.float64)
+    tails[:-1] = values.flip(0).cumsum(0).flip(0)
+    return Spectrum(weight, values, tails, vectors.float(), root)
