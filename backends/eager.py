@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,23 +12,39 @@ from lrcompile.artifact import write
 from lrcompile.errors import UnsupportedError
 from lrcompile.files import AtomicSet
 from lrcompile.graphs.base import Graph, Inputs, Outputs
-from lrcompile.graphs.module import ModuleGraph, run
-from lrcompile.graphs.module_store import nbytes
+from lrcompile.graphs.module import ModuleGraph
+from lrcompile.graphs.module_run import macs, run
+from lrcompile.graphs.module_store import nbytes, parameters
 from lrcompile.lowering import Backend
 
 
 class EagerModel:
-    """A rewritten module, ready to run, to train, to compile and to save."""
+    """A rewritten module, ready to run, to train, to compile and to save.
 
-    def __init__(self, module: nn.Module, path: Path | None, files: list[str]) -> None:
+    Attributes:
+        module: the user's own class, some of its layers structured.
+        path: the artefact's index file, if it was written.
+        notes: what the files lack, and why.
+    """
+
+    def __init__(self, module: nn.Module, path: Path | None, notes: Sequence[str]) -> None:
         self.module = module
         self.path = path
-        self.files = files
+        self.notes = list(notes)
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in all stored floating-point tensors, each once."""
+        return parameters(self.module)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all stored tensors, each once."""
         return nbytes(self.module)
+
+    def macs(self, sample: Inputs) -> int:
+        """Multiply–accumulates on ``sample``."""
+        return macs(self.module, sample)
 
     def run(self, inputs: Inputs) -> Outputs:
         """Outputs by name; dropout off, bfloat16 as float32."""
@@ -55,5 +72,12 @@ class Eager(Backend):
         """
         if not isinstance(graph, ModuleGraph):
             raise UnsupportedError(f"the backend '{self.name}' builds modules, not {graph.kind}")
-        files = [] if out is None else write(graph.model, out, source=graph.path)
-        return EagerModel(graph.model, None if out is None else out.path, files)
+        if out is None:
+            return EagerModel(graph.model, None, [])
+        try:
+            write(graph.model, out, source=graph.path, sample=graph.sample)
+            notes = []
+        except UnsupportedError as error:  # without a program the files still load into a freshly built module
+            write(graph.model, out, source=graph.path)
+            notes = [error.message]
+        return EagerModel(graph.model, out.target, notes)

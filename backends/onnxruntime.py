@@ -11,6 +11,7 @@ from lrcompile.backends.onnx_rules import RULES, Emitter, Store
 from lrcompile.errors import UnsupportedError
 from lrcompile.files import AtomicSet
 from lrcompile.graphs.base import Graph, Inputs, Outputs, Replacement
+from lrcompile.graphs.onnx.counting import macs
 from lrcompile.graphs.onnx.graph import OnnxGraph
 from lrcompile.graphs.onnx.raising import Match
 from lrcompile.graphs.onnx.save import write
@@ -40,6 +41,20 @@ class OnnxModel:
     def release(self) -> None:
         """Gives the session's memory back."""
         self._session = None
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in all floating-point tensors."""
+        return OnnxGraph(self.model).parameters
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return OnnxGraph(self.model).nbytes
+
+    def macs(self, sample: Inputs) -> int:
+        """Multiply–accumulates on ``sample``."""
+        return macs(self.model, sample)
 
 
 class OnnxRuntime(Backend):

@@ -77,6 +77,11 @@ class Batches:
         """Number of samples that an iteration yields."""
         return self._last - self._first
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the inputs that the samples come with; empty where they have none."""
+        return sorted({str(name) for part in self._parts for name in part.columns})
+
     @cached_property
     def sha256(self) -> str:
         """A digest of names, types, shapes and values; the same however the data is packed or batched."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class LrcompileError(Exception):
@@ -27,6 +27,7 @@ class LrcompileError(Exception):
         self.message = message
         self.where = where
         self.hint = hint
+        self.report: Any = None  # what was found before the run stopped
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.message}" if self.where else self.message

@@ -139,6 +139,12 @@ class AtomicSet:
             self._create(self._staged[final])
         return self._staged[final]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is staged or sealed so far."""
+        paths = {*self._staged.values(), *self._data, *self._created}
+        return sum(path.stat().st_size for path in paths if path.exists())
+
     def stage_data(self) -> Path:
         """The temporary path of a data file; ``seal`` gives it its name."""
         path = self._temporary(self.target.name)

@@ -16,7 +16,21 @@ Rules = Mapping[type[LinearOperator], Callable[..., Any]]
 
 
 class Runnable(Protocol):
-    """A built model."""
+    """A built model: what it computes and what it costs."""
+
+    @property
+    def parameters(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def macs(self, sample: Inputs) -> int:
+        """Multiply–accumulates on ``sample``."""
+        ...
+
+    def release(self) -> None:
+        """Gives back memory that only speeds up the next run."""
+        ...
 
     def run(self, inputs: Inputs) -> Outputs:
         """Outputs by name."""

@@ -83,7 +83,7 @@ def _main(mode: str, feeds: str, seconds: str, threads: str, *files: str) -> Non
     with np.load(feeds) as stored:
         inputs = {name: stored[name] for name in stored.files}
 
-    def run(session) -> float:  # noqa: ANN001 - onnxruntime is imported here only
+    def run(session) -> float:
         start = time.perf_counter()
         session.run(None, {value.name: inputs[value.name] for value in session.get_inputs()})
         return (time.perf_counter() - start) * 1000

@@ -29,11 +29,14 @@ class Proposal:
 
     Attributes:
         sites: names of the sites that it covers.
-        error: predicted increase of the loss; comparable between all proposals of a run.
+        error: energy of the error at the outputs of its sites, ``E‖(W − Ŵ) x‖²``; what it does to the
+            loss is the driver's to find out.
         cost: stored values, bytes, and multiply–accumulates per token of all uses.
         build: makes the replacements.
         label: what it is, for reports (``rank 96``).
         source: the name of the pass.
+        rank: its rank, where it has one.
+        tails: error at every rank from 0 on, where the pass knows it; for pictures.
     """
 
     sites: tuple[str, ...]
@@ -42,6 +45,8 @@ class Proposal:
     build: Callable[[], Mapping[str, Replacement]]
     label: str = ""
     source: str = ""
+    rank: int | None = None
+    tails: Sequence[float] = ()
 
     @cached_property
     def by(self) -> Mapping[str, Replacement]:
@@ -70,19 +75,17 @@ Outcome = Rewritten | Refused
 
 @dataclass(eq=False)
 class Context:
-    """What a pass may ask for: statistics of a site, scales of its loss, ranks, randomness.
+    """What a pass may ask for: statistics of a site, the error of an expression, ranks, randomness.
 
     Args:
         graph: the model.
         moments: by :attr:`LinearSite.input`; empty without calibration data.
-        scales: loss per unit of a site's error energy; 1 where nothing was measured.
         align: ranks are multiples of this, as the target likes.
         seed: of everything random.
     """
 
     graph: Graph
     moments: Mapping[str, Moments] = field(default_factory=dict)
-    scales: Mapping[str, float] = field(default_factory=dict)
     align: int = 8
     seed: int = 0
     notes: list[str] = field(default_factory=list)
@@ -90,10 +93,6 @@ class Context:
     def statistics(self, site: LinearSite) -> Moments | None:
         """Moments of what the site reads, or None without calibration data."""
         return self.moments.get(site.input)
-
-    def scale(self, site: LinearSite) -> float:
-        """Loss per unit of error energy at the site's output."""
-        return self.scales.get(site.name, 1.0)
 
     def ranks(self, site: LinearSite) -> list[int]:
         """Aligned ranks below break-even, the smallest first."""
@@ -106,12 +105,26 @@ class Context:
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    def error(self, site: LinearSite, operator: LinearOperator) -> float:
-        """``E‖(W − Ŵ) x‖²`` times the site's scale; without data the squared Frobenius norm."""
+    def error(self, site: LinearSite, operator: LinearOperator, shift: Tensor | None = None) -> float:
+        """``E‖(W − Ŵ) x − shift‖²`` over the calibration inputs; without data the squared Frobenius norm."""
         difference = densify(site.operator).double() - densify(operator).double()
         moments = self.statistics(site)
-        energy = (difference.square() if moments is None else (difference @ moments.second()) * difference).sum()
-        return max(float(energy), 0.0) * self.scale(site)
+        if moments is None:
+            return float(difference.square().sum())
+        second = (difference.float() @ moments.gram).double() / max(moments.tokens, 1)
+        energy = float((second * difference).sum())
+        if shift is not None:
+            moved = shift.double()
+            energy += float(moved @ moved - 2 * moved @ (difference @ moments.mean()))
+        return max(energy, 0.0)
+
+    def energy(self, site: LinearSite) -> float:
+        """``E‖W x‖²`` over the calibration inputs; without data the squared Frobenius norm."""
+        weight = densify(site.operator).float()
+        moments = self.statistics(site)
+        if moments is None:
+            return float(weight.double().square().sum())
+        return float(((weight @ moments.gram).double() * weight).sum()) / max(moments.tokens, 1)
 
     def price(self, site: LinearSite, operator: LinearOperator) -> Cost:
         """Stored values and bytes once, multiply–accumulates per token for each use."""

@@ -63,8 +63,8 @@ class LinearSite:
 
     @property
     def input(self) -> str:
-        """The value that the first use reads; the key of the site's moments."""
-        return self.uses[0].input
+        """The values that its uses read, joined; the key of the site's moments."""
+        return "+".join(dict.fromkeys(use.input for use in self.uses if use.role == "apply"))
 
 
 Site = LinearSite

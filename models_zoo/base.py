@@ -100,6 +100,7 @@ def onnx_run(path: Path, *, threads: int = 0) -> Run:
     names = [output.name for output in session.get_outputs()]
 
     def run(batch: Mapping[str, np.ndarray]) -> Batch:
-        return dict(zip(names, session.run(names, dict(batch)), strict=True))
+        values = session.run(names, dict(batch))
+        return {name: np.asarray(value) for name, value in zip(names, values, strict=True)}
 
     return run

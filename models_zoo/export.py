@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 OPSET = 20  # 23 has fewer nodes, but ONNX Runtime runs some of its rotary and attention forms at batch 1 only
 _MARK = "zoo_output_"
-_KEPT = ("pkg.torch.onnx.fx_node", "pkg.torch.onnx.name_scopes")  # weights folded by the exporter get their names back from these
+# The exporter folds transposed weights into nameless values; these two entries give their names back.
+_KEPT = ("pkg.torch.onnx.fx_node", "pkg.torch.onnx.name_scopes")
 
 
 def export_onnx(
@@ -58,7 +59,7 @@ def export_onnx(
 
 
 def _named(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Give the outputs their names. The exporter does it without a look at interior values, which may have them already."""
+    """Give the outputs their names; the exporter would not look whether an interior value has one of them."""
     outputs = {output.name: output.name.removeprefix(_MARK) for output in model.graph.output}
     renamed = {new: f"{new}_interior" for new in outputs.values()} | outputs
     for values in (model.graph.output, model.graph.value_info):

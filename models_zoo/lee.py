@@ -52,6 +52,6 @@ def pearson(a: np.ndarray, b: np.ndarray) -> float:
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Rank correlation of two vectors; ties get their mean rank."""
-    from scipy.stats import spearmanr
+    from scipy.stats import rankdata
 
-    return float(spearmanr(a, b).statistic)
+    return pearson(rankdata(a), rankdata(b))

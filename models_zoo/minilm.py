@@ -38,7 +38,7 @@ OUTPUT = "embedding"
 class Batched(NamedTuple):
     """A batch and which texts it holds."""
 
-    index: tuple[int, ...]
+    members: tuple[int, ...]
     inputs: Batch
 
 
@@ -115,7 +115,7 @@ def embed(run: Run, texts: Sequence[str], size: int = BATCH) -> np.ndarray:
     parts = batches(texts, size)
     result = np.empty((len(texts), np.asarray(run(parts[0].inputs)[OUTPUT]).shape[-1]))
     for part in parts:
-        result[list(part.index)] = run(part.inputs)[OUTPUT]
+        result[list(part.members)] = run(part.inputs)[OUTPUT]
     return result
 
 
@@ -172,14 +172,15 @@ def export(path: Path) -> None:
 def write_npz(folder: Path) -> tuple[Path, Path]:
     """Write ``calib.npz`` (300 samples) and ``eval.npz`` (50) in the command line's format.
 
-    Keys are the names of the graph inputs, the leading axis counts samples, and all texts of a file are padded to one length.
+    Keys are the names of the graph inputs, the leading axis counts samples, and all texts of a file are padded
+    to one length.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     texts = {"calib.npz": lee.calibration_documents(), "eval.npz": lee.evaluation_documents()}
     for name, documents in texts.items():
         rows = [encoding.ids for encoding in tokenizer().encode_batch(documents)]
-        np.savez_compressed(folder / name, **_padded(rows))
+        np.savez_compressed(folder / name, **_padded(rows))  # pyright: ignore[reportArgumentType]
     return folder / "calib.npz", folder / "eval.npz"
 
 

@@ -60,14 +60,17 @@ class LowRank(LinearPass):
     def proposals(self, site: LinearSite, context: Context) -> Iterator[Proposal]:
         """One proposal for each aligned rank below break-even; factors are made when chosen."""
         analysed = self._analyse(site, context)
+        tails = analysed.tails.tolist()
         for rank in context.ranks(site)[self.min_rank - 1 :]:
             yield Proposal(
                 (site.name,),
-                float(analysed.tails[rank]),
+                tails[rank],
                 _price(site, rank),
                 lambda rank=rank: {site.name: self._build(site, context, analysed, rank)},
                 label=f"rank {rank}",
                 source=self.name,
+                rank=rank,
+                tails=tails,
             )
 
     def _analyse(self, site: LinearSite, context: Context) -> Spectrum:

@@ -1,7 +1,8 @@
 """Small deterministic ONNX models for tests, built with ``onnx.helper`` alone.
 
-Weights have a decaying spectrum, as trained ones do, so that a low-rank pass finds something to gain and something to lose.
-Every builder writes a file and returns what is true about it, so that a test compares with facts and not with the code under test.
+Weights have a decaying spectrum, as trained ones do, so that a low-rank pass has something to gain and something to
+lose. Every builder writes a file and returns what is true about it, so that a test compares with facts and not with
+the code under test.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -56,7 +57,7 @@ class Linear:
 
 @dataclass(frozen=True, eq=False)
 class Built:
-    """A written model: its file, its dtype, the shape of each input with the axis names of dynamic axes, its linears."""
+    """A written model: its file, its dtype, the shape of each input (dynamic axes by name), its linears."""
 
     path: Path
     dtype: DType
@@ -122,7 +123,7 @@ class Builder:
         self.initializers.append(self.tensor(name, value))
         return name
 
-    def node(self, operator: str, inputs: Sequence[str], output: str, **attributes: object) -> str:
+    def node(self, operator: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         """Add a node named like its only output and return that name."""
         self.nodes.append(helper.make_node(operator, list(inputs), [output], name=f"{output}_node", **attributes))
         return output
@@ -145,7 +146,10 @@ class Builder:
         outs = [helper.make_tensor_value_info(name, element, shape) for name, shape in outputs.items()]
         graph = helper.make_graph(self.nodes, Path(path).stem, ins, outs, self.initializers)
         model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", OPSET[self.dtype])], ir_version=IR_VERSION, producer_name="tests"
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET[self.dtype])],
+            ir_version=IR_VERSION,
+            producer_name="tests",
         )
         onnx.checker.check_model(model, full_check=True)
         data = f"{Path(path).name}.data"

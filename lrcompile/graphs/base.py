@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from lrcompile.calibrate import Moments
+from lrcompile.data import InputSpec
 from lrcompile.linop import LinearOperator
 from lrcompile.sites import LinearSite
 
@@ -27,9 +29,12 @@ class Replacement:
 
 @dataclass(eq=False)
 class Journal:
-    """Undo log: what each site held before it was replaced. Roll-back needs no second model."""
+    """Undo log: what each site held before it was replaced. Roll-back needs no second model.
 
-    entries: list[tuple[str, Replacement | None]] = field(default_factory=list)
+    An entry is a site's name and what it held, or a graph's own note of a rewrite of the whole.
+    """
+
+    entries: list[tuple[str, Any]] = field(default_factory=list)
 
     def mark(self) -> int:
         """A point to roll back to."""
@@ -40,6 +45,11 @@ class Graph(Protocol):
     """A model whose linear sites can be read, measured and replaced."""
 
     kind: ClassVar[str]
+
+    @property
+    def input_specs(self) -> Sequence[InputSpec]:
+        """Name, dtype and shape of every input that must be fed."""
+        ...
 
     def linear_sites(self) -> Sequence[LinearSite]:
         """Every constant linear map, in the order of execution; frozen ones included."""
@@ -77,6 +87,48 @@ class Graph(Protocol):
 
     def fingerprint(self) -> str:
         """A content hash of structure and weights, for caches."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in all floating-point tensors of the loaded model."""
+        ...
+
+    @property
+    def opset(self) -> int | None:
+        """Version of the operator set, where the graph has one."""
+        ...
+
+    @property
+    def outputs(self) -> Sequence[Mapping[str, Any]]:
+        """``name``, ``dtype`` and ``shape`` of every output that is known before a run."""
+        ...
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes."""
+        ...
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The files that the model was read from; empty where it was not."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors of the loaded model."""
+        ...
+
+    def macs(self, sample: Inputs) -> int:
+        """Multiply–accumulates of the loaded model on ``sample``."""
+        ...
+
+    def clean(self) -> tuple[bool, str]:
+        """Takes out what is unused or repeated; says whether anything was, and what (or why not)."""
+        ...
+
+    def release(self) -> None:
+        """Gives back memory that only speeds up the next run."""
         ...
 
     def verify(self) -> None:

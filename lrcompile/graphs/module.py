@@ -2,9 +2,8 @@
 
 The user's module is never changed: the graph works on a copy of the module tree that holds the
 same tensors (see :func:`lrcompile.graphs.module_sites.share`), and a replacement swaps modules in that
-copy. What a site is, which modules read one and the same tensor, and who reads a weight behind its
-module's back is only known from a run: :meth:`ModuleGraph.check`, called by ``observe`` and ``probe``
-with their first batch, or by whoever wants to know earlier.
+copy. Which modules read one and the same tensor, and who reads a weight behind its
+module's back is only known from a run: :meth:`ModuleGraph.check`, called by whatever runs the module first.
 """
 
 from __future__ import annotations
@@ -20,14 +19,15 @@ from torch import Tensor, nn
 
 from lrcompile.calibrate import Moments
 from lrcompile.data import InputSpec
-from lrcompile.errors import GateError, InvalidInputError, UsageError, nearest
+from lrcompile.errors import GateError, UsageError
 from lrcompile.graphs import module_observe, module_store
 from lrcompile.graphs.base import Inputs, Journal, Outputs, Replacement
-from lrcompile.graphs.module_run import Trace, call, evaluating, forward_parameters, named_outputs, to_array, trace
+from lrcompile.graphs.module_run import call, few, input_specs, macs, run
 from lrcompile.graphs.module_sites import Found, check_finite, find, share
+from lrcompile.graphs.module_trace import Trace, trace
 from lrcompile.graphs.structured import Change, Pool, install, shifted
 from lrcompile.linop import LinearOperator, tensors
-from lrcompile.sites import LinearSite
+from lrcompile.sites import LinearSite, Use
 
 
 class ModuleGraph:
@@ -35,6 +35,9 @@ class ModuleGraph:
 
     ``run``, ``observe``, ``probe``, ``fingerprint``, ``nbytes`` and ``parameters`` are about the module as
     it was given; :attr:`model` is the module with all replacements in place.
+
+    Attributes:
+        sample: a few samples of the batch of :meth:`check`, for tracing; None before.
 
     Args:
         model: not modified; its tensors are shared, not copied.
@@ -63,6 +66,7 @@ class ModuleGraph:
         self._changes: dict[str, list[Change]] = {}
         self._pool = Pool(self.model.parameters())
         self._trace: Trace | None = None
+        self.sample: Any = None
         holder = self._root if not list(self.model.children()) else self.model
         self._found = {found.site.name: found for found in find(holder)}
 
@@ -103,22 +107,24 @@ class ModuleGraph:
         """
         with self._as_given():
             self._trace = trace(self.model, list(self._found.values()), lambda: call(self.model, batch))
+        self.sample = few(batch)
         keys: dict[tuple, str] = {}
         for name, found in self._found.items():
-            site = found.site
-            reads = {tuple(self._trace.reads.get(reader.path, ())) for reader in found.readers}
-            uses = site.uses
-            if len(reads) == 1 and reads != {()}:
-                key = keys.setdefault(reads.pop(), found.readers[0].path)
-                uses = tuple(use if use.role == "rows" else changed(use, input=key) for use in uses)
-            frozen = site.frozen or self._trace.reason(found)
-            self._found[name] = Found(changed(site, uses=uses, frozen=frozen), found.readers)
+            uses = tuple(self._shared(use, self._trace, keys) for use in found.site.uses)
+            frozen = found.site.frozen or self._trace.reason(found)
+            self._found[name] = Found(changed(found.site, uses=uses, frozen=frozen), found.readers)
+
+    @staticmethod
+    def _shared(use: Use, trace: Trace, keys: dict[tuple, str]) -> Use:
+        """The use with the name of the first module that reads the very same tensors."""
+        reads = tuple(trace.reads.get(use.node, ()))
+        return changed(use, input=keys.setdefault(reads, use.node)) if reads and use.role == "apply" else use
 
     def _ensure_checked(self, batches: Iterable[Inputs]) -> None:
         if self._trace is None:
             for batch in batches:
                 self.check(batch)
-                break
+                break  # one batch tells all
 
     # -- replacing -------------------------------------------------------------------------
 
@@ -184,6 +190,7 @@ class ModuleGraph:
 
     def run(self, inputs: Inputs) -> Outputs:
         """Outputs of the module as it was given, dropout off; bfloat16 comes back as float32."""
+        self._ensure_checked([inputs])
         with self._as_given():
             return run(self.model, inputs)
 
@@ -214,11 +221,13 @@ class ModuleGraph:
 
     def macs(self, sample: Inputs) -> int:
         """Multiply–accumulates of all matrix products, convolutions and attention on ``sample``."""
-        from torch.utils.flop_counter import FlopCounterMode
+        self._ensure_checked([sample])
+        with self._as_given():
+            return macs(self.model, sample)
 
-        with self._as_given(), FlopCounterMode(display=False) as counter, evaluating(self.model, inference=False):
-            call(self.model, sample)
-        return counter.get_total_flops() // 2
+    def clean(self) -> tuple[bool, str]:
+        """A module tree is code: what of it is unused cannot be told, so nothing is taken out."""
+        return False, "nothing is taken out of a module tree"
 
     # -- facts -----------------------------------------------------------------------------
 
@@ -233,17 +242,30 @@ class ModuleGraph:
         Raises:
             InvalidInputError: a name that ``forward`` does not take.
         """
-        parameters, open_ended = forward_parameters(self.model)
-        known = [parameter.name for parameter in parameters]
-        wanted = [str(name) for name in names]
-        for name in wanted:
-            if name not in known and not open_ended:
-                raise InvalidInputError(f"'{name}' is no input of the model", hint=nearest(name, known))
-        required = {p.name for p in parameters if p.default is p.empty}
-        if not required and not wanted:  # Hugging Face gives every input a default
-            required = {getattr(self.model, "main_input_name", known[0] if known else "")} - {""}
-        chosen = [name for name in known if name in required or name in wanted]
-        return [InputSpec(name, None, ()) for name in (*chosen, *(name for name in wanted if name not in known))]
+        return input_specs(self.model, names)
+
+    @property
+    def opset(self) -> None:
+        """A module has none."""
+        return None
+
+    @property
+    def outputs(self) -> list[dict[str, Any]]:
+        """A signature does not tell them."""
+        return []
+
+    @property
+    def nodes(self) -> int:
+        """Number of modules without children."""
+        return sum(1 for module in self.model.modules() if not list(module.children()))
+
+    @property
+    def files(self) -> list[Path]:
+        """Weights and configuration in the folder that the module was read from."""
+        if self.path is None:
+            return []
+        wanted = {".safetensors", ".json", ".bin", ".txt", ".model"}
+        return sorted(file for file in self.path.iterdir() if file.suffix in wanted and file.is_file())
 
     @property
     def nbytes(self) -> int:
@@ -278,9 +300,3 @@ class ModuleGraph:
             for path, tensor in tensors(replacement.operator):
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                     raise GateError(f"{path} holds NaN or infinity", where=name)
-
-
-def run(model: nn.Module, inputs: Inputs) -> Outputs:
-    """Outputs of a module by name, as arrays; dropout off, no gradients."""
-    with evaluating(model):
-        return {name: to_array(value) for name, value in named_outputs(call(model, inputs)).items()}

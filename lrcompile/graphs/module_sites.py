@@ -92,10 +92,10 @@ def _held_tensors(module: nn.Module) -> Iterator[Tensor]:
 
 def find(root: nn.Module) -> list[Found]:
     """Every constant linear map below ``root`` (which itself is a holder), in order of registration."""
-    paths = {path: module for path, module in root.named_modules() if path}
+    paths = dict(root.named_modules())
     groups: dict[object, list[Reader]] = {}
     for path, module in paths.items():
-        kind = _kind(module)
+        kind = kind_of(module) if path else ""
         if kind:
             parameter = module._parameters.get("weight")
             groups.setdefault(id(module) if parameter is None else place(parameter), []).append(
@@ -106,7 +106,7 @@ def find(root: nn.Module) -> list[Found]:
     return [_found(readers, holders.get(key, []), stray, paths) for key, readers in groups.items()]
 
 
-def _kind(module: nn.Module) -> str:
+def kind_of(module: nn.Module) -> str:
     """What a module is as a linear map; empty where it is none."""
     weight = getattr(module, "weight", None) if isinstance(module, (nn.Linear, *CONVS)) or _is_conv1d(module) else None
     if not isinstance(weight, Tensor) or isinstance(weight, nn.parameter.UninitializedTensorMixin):
@@ -165,7 +165,7 @@ def _held_outside(paths: dict[str, nn.Module]) -> dict[int, str]:
                 values = value.values()
             for item in values:
                 if isinstance(item, nn.Module):
-                    found[id(item)] = f"{path}.{name}"
+                    found[id(item)] = f"{path}.{name}".lstrip(".")
     return found
 
 

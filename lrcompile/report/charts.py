@@ -79,12 +79,11 @@ def _hatch() -> Markup:
 
 def tail_curve(spectrum: Spectrum, shade: str) -> Markup:
     """The output energy that a rank would lose; the dot is the chosen rank."""
-    left, top, wide, high = 4.0, 30.0, 192.0, 74.0
+    left, top, wide, high = 2.0, 6.0, 194.0, 74.0
     energies = [min(max(value, 0.0), 1.0) for value in spectrum.energies] or [0.0]
     last = max(len(energies) - 1, 1)
     points = [(left + wide * index / last, top + high * (1 - value)) for index, value in enumerate(energies)]
-    parts = [label(left, 12, shorten(spectrum.site, 34), "name", title=spectrum.site)]
-    parts += [line((left, y), (left + wide, y), "grid") for y in (top, top + high / 2, top + high)]
+    parts = [line((left, y), (left + wide, y), "grid") for y in (top, top + high / 2, top + high)]
     parts += [path(points, f"area {shade}", floor=top + high), path(points, f"curve {shade}")]
     caption = "stays dense"
     if spectrum.rank is not None:
@@ -92,8 +91,8 @@ def tail_curve(spectrum: Spectrum, shade: str) -> Markup:
         where, lost = _at(points, energies, spectrum.rank / max(full, 1))
         parts += [line((where[0], top), (where[0], top + high), "mark"), circle(where, 3.5, f"dot {shade}")]
         caption = f"rank {spectrum.rank} of {full} · {_share(lost)} lost"
-    parts.append(label(left, 122, caption, "tick"))
-    return picture(200, 128, *parts, label=f"spectrum of {spectrum.site}: {caption}")
+    parts.append(label(left, 98, caption, "tick"))
+    return picture(200, 104, *parts, label=f"spectrum of {spectrum.site}: {caption}")
 
 
 def _share(value: float) -> str:

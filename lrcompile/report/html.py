@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any
@@ -21,7 +22,7 @@ from lrcompile.report.summary import (
     what,
 )
 from lrcompile.report.svg import Markup, join, tag
-from lrcompile.report.text import human_bytes, human_float, human_seconds, shape_text
+from lrcompile.report.text import human_bytes, human_float, human_seconds, shape_text, shorten
 
 SPECTRA = 24
 DECISIONS = 2000
@@ -152,7 +153,9 @@ def _budget(report: Report) -> Markup | None:
         return None
     verdict = {True: "All limits hold.", False: "No plan holds all limits; this is the best found.", None: None}
     return _section(
-        "Budget", _table(("limit", "asked", "reached"), budget_rows(report), (1, 2)), hint=verdict[report.feasible]
+        "Budget",
+        _table(("limit", "asked", "reached"), budget_rows(report), (1, 2), "narrow"),
+        hint=verdict[report.feasible],
     )
 
 
@@ -176,7 +179,8 @@ def _spectra(report: Report) -> Markup | None:
     shades = {each.site: classes[each.pass_] for each in report.decisions if each.pass_}
     chosen = evenly(report.spectra, SPECTRA)
     cells = [
-        tag("div", charts.tail_curve(each, shades.get(each.site, _shade(each.rank))), class_="cell") for each in chosen
+        tag("div", _name(each.site), charts.tail_curve(each, shades.get(each.site, _shade(each.rank))), class_="cell")
+        for each in chosen
     ]
     hint = (
         "The share of a layer's output energy that is lost if only the first ranks stay: rank 0 left, full rank right."
@@ -188,6 +192,12 @@ def _spectra(report: Report) -> Markup | None:
 
 def _shade(rank: int | None) -> str:
     return "plain" if rank is None else "c0"
+
+
+def _name(site: str) -> Markup:
+    """A site's name that may break after its separators."""
+    parts = re.findall(r"[^/.:]*[/.:]|[^/.:]+", shorten(site, 300))
+    return tag("code", join(each for part in parts for each in (part, tag("wbr"))))
 
 
 def _drift(report: Report) -> Markup | None:
@@ -217,7 +227,7 @@ def _decisions(report: Report) -> Markup | None:
 def _decision(each: Decision) -> tuple[object, ...]:
     name = each.pass_ or tag("span", what(each), class_="quiet")
     numbers = (keep_text(each), human_float(each.predicted), human_float(each.error))
-    return (tag("code", each.site), shape_text(each.shape), name, each.structure or "", *numbers, each.reason)
+    return (_name(each.site), shape_text(each.shape), name, each.structure or "", *numbers, each.reason)
 
 
 def _passes(report: Report) -> Markup | None:

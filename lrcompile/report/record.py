@@ -47,8 +47,14 @@ class Ratio:
     def of(cls, before: Size, after: Size, latency: tuple[float, float, float] | None = None) -> Ratio:
         """From two sizes and, where it was measured, ``(median, low, high)`` of the latency's ratio."""
         median, low, high = latency or (_over(after.latency_ms, before.latency_ms), None, None)
-        shares = [_over(getattr(after, name), getattr(before, name)) for name in ("parameters", "bytes", "macs")]
-        return cls(*shares, median, low, high)
+        return cls(
+            _over(after.parameters, before.parameters),
+            _over(after.bytes, before.bytes),
+            _over(after.macs, before.macs),
+            median,
+            low,
+            high,
+        )
 
 
 @dataclass(frozen=True)

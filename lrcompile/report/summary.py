@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -64,8 +65,8 @@ def _size_rows(report: Report, before: Size) -> list[Row]:
             continue
         if share is None and old and new is not None:
             share = new / old
-        planned = new is None and old is not None and share is not None
-        after = f"≈ {human(old * share)}" if planned else human(new)
+        predicted = old * share if new is None and old is not None and share is not None else None
+        after = human(new) if predicted is None else f"≈ {human(predicted)}"
         rows.append(
             _latency_row(ratio, human(old), after)
             if share is not None and name == "latency_ms"
@@ -102,7 +103,7 @@ def drift_rows(drift: Drift | None) -> list[DriftRow]:
     """The measures of drift that apply."""
     if drift is None:
         return []
-    top = max(drift.limit or 0.0, drift.relative_l2 or 0.0)
+    top = max(each for each in (drift.limit, drift.relative_l2, 0.0) if each is not None and math.isfinite(each))
     rows = [
         DriftRow("relative L2", drift.relative_l2, human_float(drift.relative_l2), drift.limit, top * 1.2 or None),
         DriftRow("cosine similarity", drift.cosine, human_float(drift.cosine), None, 1.0),

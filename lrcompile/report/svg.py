@@ -7,11 +7,12 @@ files come from strangers. Inline SVG inside HTML needs no namespace, so no refe
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 
 from lrcompile.report.text import visible
 
-_VOID = frozenset({"meta", "br", "hr"})
+_VOID = frozenset({"meta", "wbr"})
 Point = tuple[float, float]
 
 
@@ -80,4 +81,7 @@ def path(points: Sequence[Point], class_: str, floor: float | None = None) -> Ma
 
 
 def _plain(value: object) -> object:
-    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
+    """Floats with two decimals at most; a coordinate that is not finite becomes 0, so that a picture never breaks."""
+    if not isinstance(value, float):
+        return value
+    return f"{value:.2f}".rstrip("0").rstrip(".") if math.isfinite(value) else 0

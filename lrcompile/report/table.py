@@ -28,18 +28,18 @@ def render(report: Report, stream: TextIO | None = None, *, width: int | None = 
     """
     from rich.console import Console
 
-    stream = sys.stdout if stream is None else stream
-    console = Console(file=stream, highlight=False, markup=False, emoji=False)
+    out: TextIO = sys.stdout if stream is None else stream
+    console = Console(file=out, highlight=False, markup=False, emoji=False)
     if width is not None or not console.is_terminal:
         console.width = width or PLAIN_WIDTH
     with console.capture() as captured:
         _fill(console, report)
     text = _trimmed(captured.get())
     try:
-        text.encode(getattr(stream, "encoding", None) or "utf-8")
+        text.encode(getattr(out, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
         text = ascii_text(text)
-    stream.write(text)
+    out.write(text)
 
 
 def plain(report: Report, *, width: int = PLAIN_WIDTH) -> str:
@@ -97,7 +97,7 @@ def _table() -> Table:
     from rich import box
     from rich.table import Table
 
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True, header_style="bold")
 
 
 def _comparison_table(report: Report) -> Table:
@@ -132,7 +132,7 @@ def _decision_table(report: Report) -> Table:
             shape_text(each.shape),
             shorten(each.pass_ or "stays dense", 24),
             keep_text(each),
-            human_float(each.predicted),
+            human_float(each.predicted, 2),
             shorten(each.reason or (each.structure or ""), 160),
         )
         table.add_row(*(Text(cell) for cell in cells), style=style)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 
@@ -26,6 +27,8 @@ def human_seconds(value: float | None) -> str:
     """``850 ms``, ``12.3 s`` or ``4 min 05 s``."""
     if value is None:
         return _NONE
+    if not math.isfinite(value):
+        return str(value)
     if value < 0.9995:
         return f"{value * 1000:.0f} ms"
     if value < 99.95:
@@ -39,13 +42,13 @@ def human_ms(value: float | None) -> str:
     return _NONE if value is None else f"{_three(value)} ms"
 
 
-def human_float(value: object) -> str:
-    """Four significant digits; text and None pass."""
+def human_float(value: object, digits: int = 4) -> str:
+    """That many significant digits; text and None pass."""
     if value is None:
         return _NONE
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return visible(str(value))
-    return f"{value:.4g}"
+    return f"{value:.{digits}g}"
 
 
 def human_change(ratio: float | None) -> str:
@@ -68,7 +71,7 @@ def shorten(text: str, limit: int) -> str:
     text = visible(text)
     if len(text) <= limit:
         return text
-    tail = (limit - 1) * 2 // 3
+    tail = limit // 2
     return f"{text[: limit - 1 - tail]}…{text[len(text) - tail :]}"
 
 
@@ -91,6 +94,8 @@ def _escape(match: re.Match[str]) -> str:
 def _scaled(value: float | None, base: int, units: tuple[str, ...]) -> str:
     if value is None:
         return _NONE
+    if not math.isfinite(value):
+        return str(value)
     if value < 0:
         return f"−{_scaled(-value, base, units)}"
     amount = float(value)

@@ -48,7 +48,7 @@ def source() -> tuple[np.ndarray, np.ndarray]:
 
 
 def split(labels: np.ndarray, seed: int = SPLIT_SEED) -> dict[str, np.ndarray]:
-    """Stratified, disjoint indices: ``train`` 70 %, ``validation`` 10 %, ``test`` 20 % of every class, each shuffled."""
+    """Disjoint shuffled indices: ``train`` 70 %, ``validation`` 10 % and ``test`` 20 % of every class."""
     random = np.random.default_rng(seed)
     parts: dict[str, list[np.ndarray]] = {"train": [], "validation": [], "test": []}
     for label in np.unique(labels):

@@ -2,13 +2,14 @@
 
 A fixed recipe: nothing is chosen while it runs, and the last moving average of the weights is what is shipped.
 The recipe and the sizes were chosen by the validation part; the test part is only counted at the end.
-Takes about two minutes on two cores; same seed, same versions and same number of threads give the same weights.
+Takes about two minutes on one or two cores; same seed, same versions and same number of threads give the same weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,14 +33,14 @@ class Recipe:
     seed: int = 0
     epochs: int = 150
     batch: int = 32
-    rate: float = 2e-3
+    rate: float = 1.5e-3
     warmup: float = 0.1
-    decay: float = 0.05
+    decay: float = 0.1
     smoothing: float = 0.02
     average: float = 0.998
-    shift: float = 0.5
-    rotation: float = 6.0
-    zoom: float = 0.05
+    shift: float = 0.7
+    rotation: float = 8.0
+    zoom: float = 0.08
 
 
 def augmented(images: Tensor, recipe: Recipe) -> Tensor:
@@ -67,10 +68,8 @@ def train(images: Tensor, labels: Tensor, recipe: Recipe, config: Config | None 
     steps = recipe.epochs * math.ceil(len(images) / recipe.batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, weight_decay=recipe.decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, steps, pct_start=recipe.warmup)
-    for step in range(steps):
-        if step % math.ceil(len(images) / recipe.batch) == 0:
-            order = iter(torch.randperm(len(images)).split(recipe.batch))
-        chosen = next(order)
+    epochs = (torch.randperm(len(images)).split(recipe.batch) for _ in range(recipe.epochs))
+    for step, chosen in enumerate(itertools.chain.from_iterable(epochs)):
         logits = model(augmented(images[chosen], recipe))
         loss = F.cross_entropy(logits, labels[chosen], label_smoothing=recipe.smoothing)
         optimizer.zero_grad()
@@ -83,7 +82,8 @@ def train(images: Tensor, labels: Tensor, recipe: Recipe, config: Config | None 
 
 @torch.no_grad()
 def _follow(average: nn.Module, model: nn.Module, keep: float) -> None:
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
+    for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
+        slow.lerp_(fast, 1 - keep)
 
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def main() -> None:
     """Train, print the accuracies, write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=FOLDER, help="folder for the files")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="more brings little for matrices this small")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     indices = data.split(data.source()[1])

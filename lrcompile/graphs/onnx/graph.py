@@ -11,17 +11,19 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 from lrcompile.calibrate import Moments
 from lrcompile.data import InputSpec
 from lrcompile.errors import GateError, UnsupportedError, UsageError
 from lrcompile.graphs.base import Inputs, Journal, Outputs, Replacement
-from lrcompile.graphs.onnx import load
+from lrcompile.graphs.onnx import counting, load
 from lrcompile.graphs.onnx.constants import constant
+from lrcompile.graphs.onnx.hygiene import cleaned
 from lrcompile.graphs.onnx.naming import site_name, unique
 from lrcompile.graphs.onnx.observe import observe, probe
 from lrcompile.graphs.onnx.raising import Match, Raiser, describe
@@ -29,6 +31,11 @@ from lrcompile.graphs.onnx.session import Session
 from lrcompile.graphs.onnx.tensors import to_torch
 from lrcompile.linop import LinearOperator, structure, tensors
 from lrcompile.sites import LinearSite, Use
+if TYPE_CHECKING:
+    import onnx
+
+_MODEL = "(model)"
+
 
 class OnnxGraph:
     """A model with its linear sites and what replaces them.
@@ -57,6 +64,18 @@ class OnnxGraph:
         model = load.read(Path(path))
         load.check_finite(model)
         return cls(model, Path(path))
+
+    @classmethod
+    def from_proto(cls, proto: onnx.ModelProto) -> OnnxGraph:
+        """A model in memory, checked like a file.
+
+        Raises:
+            InvalidInputError: corrupt, or with external data (whose folder is not known).
+            UnsupportedError: beyond the pre-flight limits.
+        """
+        model = load.from_proto(proto)
+        load.check_finite(model)
+        return cls(model)
 
     # -- sites -----------------------------------------------------------------------------
 
@@ -115,7 +134,9 @@ class OnnxGraph:
         """Undoes every replacement since ``mark``."""
         while len(self.journal.entries) > mark:
             name, before = self.journal.entries.pop()
-            if before is None:
+            if isinstance(before, ir.Model):
+                self._continue_with(before)
+            elif before is None:
                 self.replacements.pop(name, None)
             else:
                 self.replacements[name] = before
@@ -128,6 +149,17 @@ class OnnxGraph:
         """
         if self.replacements:
             raise UsageError("graph rewrites must come before weight rewrites in a pipeline")
+        self.journal.entries.append((_MODEL, self.model))
+        self._continue_with(model)
+
+    def clean(self) -> tuple[bool, str]:
+        """Takes out what is unused or repeated; says whether anything was, and what."""
+        model, detail = cleaned(self.model)
+        if model is not None:
+            self.adopt(model)
+        return model is not None, detail
+
+    def _continue_with(self, model: ir.Model) -> None:
         self.model = model
         for name in ("_matched", "_session"):
             self.__dict__.pop(name, None)
@@ -166,9 +198,35 @@ class OnnxGraph:
             if value.name in self.model.graph.initializers:
                 continue
             dtype = value.dtype.numpy() if value.dtype is not None else None
-            shape = [dim if isinstance(dim, int) else str(dim.value or "") for dim in value.shape or []]
-            specs.append(InputSpec(str(value.name), dtype, shape))
+            specs.append(InputSpec(str(value.name), dtype, _shape(value)))
         return specs
+
+    @property
+    def opset(self) -> int | None:
+        """Version of the standard operator set."""
+        return self.model.opset_imports.get("")
+
+    @property
+    def outputs(self) -> list[dict[str, Any]]:
+        """Name, dtype and shape of every output."""
+        found = []
+        for value in self.model.graph.outputs:
+            dtype = None if value.dtype is None else str(value.dtype.numpy())
+            found.append({"name": value.name, "dtype": dtype, "shape": _shape(value)})
+        return found
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes, those of bodies included."""
+        return sum(1 for _ in self.model.graph.all_nodes())
+
+    @property
+    def files(self) -> list[Path]:
+        """The model's file and its data files."""
+        if self.path is None:
+            return []
+        data = {Path(tensor.path) for tensor in self._tensors() if isinstance(tensor, ir.ExternalTensor)}
+        return [self.path, *sorted(data)]
 
     @property
     def nbytes(self) -> int:
@@ -190,6 +248,10 @@ class OnnxGraph:
                     if attribute.type == ir.AttributeType.TENSOR:
                         yield attribute.as_tensor()
 
+    def macs(self, sample: Inputs) -> int:
+        """Multiply–accumulates of the loaded model on ``sample``."""
+        return counting.macs(self.model, sample)
+
     def subgraph_weights(self) -> list[str]:
         """Nodes inside If, Loop and Scan bodies that hold a matrix; they pass through unchanged."""
         main = self.model.graph
@@ -209,7 +271,7 @@ class OnnxGraph:
             digest.update(repr([(name, str(attr)[:200]) for name, attr in node.attributes.items()]).encode())
         for tensor in self._tensors():
             digest.update(repr((tensor.name, str(tensor.dtype), tuple(tensor.shape))).encode())
-            digest.update(memoryview(to_torch(tensor).contiguous().flatten().view(_bytes()).numpy()))
+            digest.update(memoryview(to_torch(tensor).contiguous().flatten().view(torch.uint8).numpy()))
         return digest.hexdigest()
 
     def verify(self) -> None:
@@ -225,10 +287,8 @@ class OnnxGraph:
             raise UnsupportedError("the graph has no outputs")
 
 
-def _bytes():  # noqa: ANN202 - torch is imported where it is used
-    import torch
-
-    return torch.uint8
+def _shape(value: ir.Value) -> tuple[int | str | None, ...]:
+    return tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape or ())
 
 
 def _group_key(match: Match) -> tuple:

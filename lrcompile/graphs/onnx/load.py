@@ -42,8 +42,19 @@ def read(path: str | os.PathLike[str], *, limits: Limits | None = None) -> ir.Mo
     """
     path = Path(path)
     size = _check_file(path)
-    proto = _parse(path, size)
-    folder = Path(os.path.realpath(path.parent))
+    return from_proto(_parse(path, size), Path(os.path.realpath(path.parent)), limits=limits, path=path)
+
+
+def from_proto(
+    proto: onnx.ModelProto, folder: Path | None = None, *, limits: Limits | None = None, path: Path | None = None
+) -> ir.Model:
+    """A checked model from a message; ``folder`` is where its external data lies.
+
+    Raises:
+        InvalidInputError, UnsupportedError: as for :func:`read`.
+    """
+    path = path or Path("(in memory)")
+    folder = folder or Path(os.path.realpath("."))
     try:
         in_order = preflight(proto, folder, limits or Limits())
     except UnicodeDecodeError as error:  # protobuf decodes names when they are read

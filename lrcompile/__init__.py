@@ -1,0 +1,66 @@
+"""lrcompile: passes that make trained models smaller and faster without retraining, with proof.
+
+The face is lazy: nothing heavy is imported before it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_FACE = {
+    "optimize": "lrcompile.api",
+    "plan": "lrcompile.api",
+    "save": "lrcompile.artifact",
+    "load": "lrcompile.artifact",
+    "Pipeline": "lrcompile.pipeline",
+    "Result": "lrcompile.pipeline",
+    "Options": "lrcompile.stages",
+    "Settings": "lrcompile.planning",
+    "Budget": "lrcompile.budget",
+    "Batches": "lrcompile.data",
+    "GraphPass": "lrcompile.rewrite",
+    "LinearPass": "lrcompile.rewrite",
+    "Proposal": "lrcompile.rewrite",
+    "Context": "lrcompile.rewrite",
+    "LinearSite": "lrcompile.sites",
+    "LinearOperator": "lrcompile.linop",
+    "Dense": "lrcompile.linop",
+    "Product": "lrcompile.linop",
+    "Sum": "lrcompile.linop",
+    "low_rank": "lrcompile.linop",
+    "densify": "lrcompile.linop",
+    "apply": "lrcompile.linop",
+    "LowRank": "lrcompile.passes.low_rank",
+    "LrcompileError": "lrcompile.errors",
+}
+
+__all__ = [*sorted(_FACE), "__version__"]  # noqa: PLE0604 - names are computed
+
+if TYPE_CHECKING:
+    from lrcompile.api import optimize, plan
+    from lrcompile.artifact import load, save
+    from lrcompile.budget import Budget
+    from lrcompile.data import Batches
+    from lrcompile.errors import LrcompileError
+    from lrcompile.linop import Dense, LinearOperator, Product, Sum, apply, densify, low_rank
+    from lrcompile.passes.low_rank import LowRank
+    from lrcompile.pipeline import Pipeline, Result
+    from lrcompile.planning import Settings
+    from lrcompile.rewrite import Context, GraphPass, LinearPass, Proposal
+    from lrcompile.sites import LinearSite
+    from lrcompile.stages import Options
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FACE:
+        raise AttributeError(f"module 'lrcompile' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_FACE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_FACE])

@@ -1,0 +1,5 @@
+"""``python -m lrcompile``."""
+
+from lrcompile.cli import main
+
+main()

@@ -1,0 +1,68 @@
+"""The two calls that most people need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lrcompile.budget import Budget
+from lrcompile.pipeline import Pipeline, Result
+from lrcompile.planning import Planned
+from lrcompile.registry import load
+from lrcompile.report import Report
+from lrcompile.rewrite import Pass
+from lrcompile.stages import Options
+
+
+def optimize(
+    model: Any,
+    budget: Budget | None = None,
+    *,
+    calibration: Any = None,
+    evaluation: Any = None,
+    passes: Sequence[Pass] | None = None,
+    options: Options | None = None,
+    out: str | Path | None = None,
+) -> Result:
+    """Makes a model smaller or faster, and measures what that did to its outputs.
+
+    Args:
+        model: an ``nn.Module``, an ONNX model, or a path; it is not modified.
+        budget: limits on the result; without one only exact rewrites are applied.
+        calibration: representative inputs (``.npz`` keyed by input name, dicts, tensors, …).
+        evaluation: other inputs, on which the drift is measured; by default the last fifth
+            of the calibration samples is held out.
+        passes: instead of ``low-rank``.
+        out: publish the artefact and its reports here, all or nothing.
+
+    Raises:
+        GateError: the result drifted too far, or is larger or slower; nothing was published.
+        InfeasibleError: the budget cannot be met.
+        InvalidInputError, UnsupportedError, UsageError: the model, the data or the call.
+    """
+    budget = budget or Budget()
+    pipeline = Pipeline(_passes(passes, budget), budget, options or Options())
+    return pipeline.run(model, calibration, evaluation, out=out)
+
+
+def plan(
+    model: Any,
+    budget: Budget,
+    *,
+    calibration: Any = None,
+    passes: Sequence[Pass] | None = None,
+    options: Options | None = None,
+) -> tuple[Planned, Report]:
+    """What :func:`optimize` would choose, with its report; nothing is changed.
+
+    Raises:
+        As for :func:`optimize`, without the gate.
+    """
+    return Pipeline(_passes(passes, budget), budget, options or Options()).plan(model, calibration)
+
+
+def _passes(passes: Sequence[Pass] | None, budget: Budget) -> Sequence[Pass]:
+    if passes is not None:
+        return passes
+    return [load("passes", "low-rank")()] if budget.limited else []

@@ -1,0 +1,184 @@
+"""The main job: exact rewrites, a plan under a budget, the artefact, the gate, the report.
+
+Nothing is published before the graph is well-formed, every site does what its pass promised,
+and the outputs of the *built artefact* stay close on inputs that calibration did not see.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lrcompile import stages
+from lrcompile.budget import Budget
+from lrcompile.errors import LrcompileError, UsageError
+from lrcompile.files import AtomicSet
+from lrcompile.graphs.base import Graph
+from lrcompile.lowering import Runnable
+from lrcompile.planning import Planned
+from lrcompile.progress import Progress
+from lrcompile.registry import EXACT, backend_for, load
+from lrcompile.report import record
+from lrcompile.rewrite import Context, GraphPass, LinearPass, Pass
+from lrcompile.stages import Options
+
+
+@dataclass(eq=False)
+class Result:
+    """A rewritten model with its report.
+
+    Attributes:
+        graph: the rewritten graph.
+        built: the artefact, ready to run.
+        report: what was decided and measured.
+        path: where it was published, if it was.
+    """
+
+    graph: Graph
+    built: Runnable
+    report: record.Report
+    path: Path | None = None
+
+    @property
+    def model(self) -> Any:
+        """The rewritten ``nn.Module`` or ``onnx_ir.Model``."""
+        return getattr(self.built, "module", None) or getattr(self.built, "model", None)
+
+    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Writes the artefact with its reports into a folder; :func:`lrcompile.load` reads it back.
+
+        Raises:
+            UsageError: there is one already and ``force`` is not set.
+        """
+        from lrcompile.artifact import save_result
+
+        return save_result(self, Path(folder), force=force)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in their order, under one budget.
+
+    Exact graph passes run one after the other, each checked; linear passes share one allocation.
+
+    Args:
+        passes: the project's exact passes come before these unless ``exact`` is False.
+        budget: without a limit only exact passes run.
+    """
+
+    passes: Sequence[Pass]
+    budget: Budget = Budget()  # noqa: RUF009 - frozen
+    options: Options = Options()  # noqa: RUF009 - frozen
+    exact: bool = True
+
+    def run(
+        self,
+        graph: Any,
+        calibration: Any = None,
+        evaluation: Any = None,
+        *,
+        out: str | Path | None = None,
+        tell: Progress | None = None,
+    ) -> Result:
+        """Rewrites a model; publishes it to ``out`` where one is given.
+
+        Args:
+            graph: a graph, ``nn.Module``, ONNX model or path.
+            calibration: samples, see :class:`lrcompile.data.Batches`; a fifth is held out where
+                ``evaluation`` is None.
+
+        Raises:
+            UsageError: a lossy budget without data, or an output that exists.
+            InfeasibleError: the budget cannot be met.
+            GateError: the result is too far off, larger or slower; nothing was published.
+        """
+        start = time.monotonic()
+        from lrcompile.frontend import open_graph
+
+        graph = open_graph(graph)
+        run = self._prepare(graph, calibration, evaluation, tell, "optimize")
+        try:
+            rewrites = self._exact(run)
+            if self.budget.limited:
+                rewrites += stages.install(run, self._planned(run))
+            return self._finish(run, rewrites, Path(out) if out is not None else None, start)
+        except LrcompileError as error:
+            run.report.seconds = time.monotonic() - start
+            error.report = run.report
+            raise
+
+    def plan(self, graph: Any, calibration: Any = None, *, tell: Progress | None = None) -> tuple[Planned, record.Report]:
+        """What :meth:`run` would choose; changes and writes nothing.
+
+        Raises:
+            UsageError: no limit, or a lossy budget without data.
+            InfeasibleError: the budget cannot be met.
+        """
+        start = time.monotonic()
+        from lrcompile.frontend import open_graph
+
+        run = self._prepare(open_graph(graph), calibration, None, tell, "plan")
+        if not self.budget.limited:
+            raise UsageError("a plan needs a limit", hint="give --keep, --bytes or --macs")
+        planned = self._planned(run)
+        stages.decide(run, planned)
+        stages.predict(run, planned)
+        run.report.seconds = time.monotonic() - start
+        return planned, run.report
+
+    # -- steps -----------------------------------------------------------------------------
+
+    def _prepare(self, graph: Graph, calibration: Any, evaluation: Any, tell: Progress | None, verb: str) -> stages.Run:
+        data, held = stages.samples(graph, calibration, evaluation, needs_held=verb == "optimize")
+        if self.budget.limited and data is None and not self.options.data_free:
+            raise UsageError(
+                "a lossy budget needs calibration data",
+                hint="give --calib samples.npz, or --data-free to go without (the result is stamped uncalibrated)",
+            )
+        report = stages.new_report(verb, self.options)
+        run = stages.Run(graph, backend_for(graph), self.options, report, tell or Progress(), data, held)
+        stages.describe_before(run)
+        stages.describe_calibration(run)
+        run.report.config = {"passes": [str(each) for each in self.passes], **_given(self.budget)}
+        return run
+
+    def _exact(self, run: stages.Run) -> int:
+        ours = [load("passes", name)() for name in EXACT] if self.exact else []
+        given = [each for each in self.passes if isinstance(each, GraphPass)]
+        context = Context(run.graph, align=run.backend.align, seed=self.options.settings.seed)
+        return stages.apply_exact(run, [*ours, *given], context)
+
+    def _planned(self, run: stages.Run) -> Planned:
+        linear = [each for each in self.passes if isinstance(each, LinearPass)]
+        if not linear:
+            raise UsageError("a budget needs a pass that makes weights smaller", hint="for instance low-rank")
+        return stages.make_plan(run, linear, self.budget)
+
+    def _finish(self, run: stages.Run, rewrites: int, out: Path | None, start: float) -> Result:
+        report = run.report
+        stages.decide(run, run.planned)
+        if not rewrites:
+            report.status = "unchanged"
+            report.seconds = time.monotonic() - start
+            return Result(run.graph, run.backend.build(run.graph), report)
+        source = getattr(run.graph, "path", None)
+        target = stages.target_of(run.graph, out)
+        files = AtomicSet(target, inputs=[source] if source else [], force=self.options.force) if target else None
+        with files or nullcontext():
+            built = run.backend.build(run.graph, out=files)
+            stages.gate(run, built, self.budget)
+            stages.describe_after(run, built, files)
+            stages.refuse_growth(run, self.budget)
+            report.seconds = time.monotonic() - start
+            if files is not None:
+                stages.write_reports(run, files)
+            built.release()
+        return Result(run.graph, built, report, target)
+
+
+def _given(budget: Budget) -> dict[str, Any]:
+    return {name: value for name, value in vars(budget).items() if value is not None}

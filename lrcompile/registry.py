@@ -1,0 +1,61 @@
+"""Passes and backends by name: ours, and those that other packages announce by entry point."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+from typing import Any
+
+from lrcompile.errors import UsageError, nearest
+
+PASSES = {
+    "clean": "lrcompile.passes.clean:Clean",
+    "exact-low-rank": "lrcompile.passes.exact_low_rank:ExactLowRank",
+    "low-rank": "lrcompile.passes.low_rank:LowRank",
+}
+BACKENDS = {
+    "onnxruntime": "lrcompile.backends.onnxruntime:OnnxRuntime",
+    "eager": "lrcompile.backends.eager:Eager",
+}
+EXACT = ("clean", "exact-low-rank")
+"""Passes that always run, in this order."""
+
+
+def names(kind: str) -> dict[str, str]:
+    """Name → ``module:class`` of all passes (``kind="passes"``) or backends; an installed name beats ours."""
+    ours = PASSES if kind == "passes" else BACKENDS
+    return {**ours, **{point.name: point.value for point in entry_points(group=f"lrcompile.{kind}")}}
+
+
+def load(kind: str, name: str) -> Any:
+    """The class behind a name.
+
+    Raises:
+        UsageError: unknown, or it cannot be imported.
+    """
+    known = names(kind)
+    if name not in known:
+        raise UsageError(f"unknown {kind.removesuffix('es').removesuffix('s')} '{name}'", hint=nearest(name, known))
+    module, _, attribute = known[name].partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"cannot be loaded: {error}", where=name, hint="reinstall the package that brings it") from error
+
+
+def passes() -> dict[str, type]:
+    """All passes that can be loaded, by name."""
+    return {name: load("passes", name) for name in names("passes")}
+
+
+def backend_for(graph: object) -> Any:
+    """An instance of the first backend that takes the graph.
+
+    Raises:
+        UsageError: none does.
+    """
+    for name in names("backends"):
+        found = load("backends", name)
+        if isinstance(graph, found.accepts):
+            return found()
+    raise UsageError(f"no backend takes a graph of kind '{getattr(graph, 'kind', type(graph).__name__)}'")

@@ -1,0 +1,59 @@
+"""Inputs made up from a graph's own declarations, for checks that need some input and have none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from lrcompile.calibrate import MASK_NAMES
+from lrcompile.data import InputSpec
+from lrcompile.errors import LrcompileError
+from lrcompile.graphs.base import Graph, Inputs
+
+_FREE = 4  # size of a free dimension; the first one counts samples
+
+
+def sample_inputs(graph: Graph, seed: int = 0) -> dict[str, np.ndarray] | None:
+    """One batch that the graph runs on, or None where its declarations do not say enough.
+
+    Floats are normal, integers are 0 or 1 (small enough for any table), masks are all ones.
+    """
+    generator = np.random.default_rng(seed)
+    sizes: dict[str, int] = {}
+    made = {}
+    for spec in graph.input_specs:
+        if spec.dtype is None:
+            return None
+        made[spec.name] = _array(spec, sizes, generator)
+    try:
+        graph.run(made)
+    except LrcompileError:
+        return None
+    return made
+
+
+def _array(spec: InputSpec, sizes: dict[str, int], generator: np.random.Generator) -> np.ndarray:
+    shape = [_size(dimension, axis, sizes) for axis, dimension in enumerate(spec.shape)]
+    dtype = np.dtype(np.float32 if spec.dtype is None else spec.dtype)
+    if dtype.kind in "iub":
+        values = np.ones(shape) if spec.name in MASK_NAMES else generator.integers(0, 2, shape)
+        return np.asarray(values).astype(dtype)
+    return generator.standard_normal(shape).astype(dtype)
+
+
+def _size(dimension: int | str | None, axis: int, sizes: dict[str, int]) -> int:
+    if isinstance(dimension, int):
+        return dimension
+    default = 2 if axis == 0 else _FREE
+    return sizes.setdefault(dimension, default) if dimension else default
+
+
+def first_sample(inputs: Inputs) -> dict[str, np.ndarray]:
+    """The first sample of a batch, its leading axis kept."""
+    return {name: array[:1] for name, array in inputs.items()}
+
+
+def unmasked(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same inputs with every token mask set to ones: padding is computed like any token."""
+    return {name: np.ones_like(array) if name in MASK_NAMES else array for name, array in inputs.items()}
