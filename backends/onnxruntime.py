@@ -7,13 +7,14 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from lrcompile.backends.onnx_rules import RULES, Emitter, Store
+from lrcompile.backends.onnx_emit import Emitter, Store
+from lrcompile.backends.onnx_rules import RULES
 from lrcompile.errors import UnsupportedError
 from lrcompile.files import AtomicSet
 from lrcompile.graphs.base import Graph, Inputs, Outputs, Replacement
 from lrcompile.graphs.onnx.counting import macs
 from lrcompile.graphs.onnx.graph import OnnxGraph
-from lrcompile.graphs.onnx.raising import Match
+from lrcompile.graphs.onnx.raising import Match, path_dtype
 from lrcompile.graphs.onnx.save import write
 from lrcompile.graphs.onnx.session import FileSession, Session, has_bfloat16
 from lrcompile.graphs.onnx.splice import Splicer, Tape, add_bias
@@ -75,7 +76,7 @@ class OnnxRuntime(Backend):
             raise UnsupportedError(f"the backend '{self.name}' builds ONNX graphs, not {graph.kind}")
         model = lower(graph)
         if out is not None:
-            write(model, out)
+            write(model, out, external=True if graph.is_external else None)
         return OnnxModel(model, None if out is None else out.path)
 
 
@@ -85,7 +86,7 @@ def lower(graph: OnnxGraph) -> ir.Model:
     if not graph.replacements:
         return model
     splicer = Splicer(graph.model.graph, model.graph)
-    store = Store(opset=model.opset_imports.get("", 0) or 0)
+    store = Store(RULES, graph.opset or 0)
     for name, replacement in graph.replacements.items():
         for match in graph.matches(name):
             _lower_site(splicer, store, name, match, replacement)
@@ -97,8 +98,9 @@ def lower(graph: OnnxGraph) -> ir.Model:
 def _lower_site(splicer: Splicer, store: Store, name: str, match: Match, replacement: Replacement) -> None:
     def emit(tape: Tape, match: Match, source: ir.Value) -> ir.Value:
         if match.axis == 0:
-            source = tape.op("Transpose", [source], [ir.AttrInt64s("perm", [1, 0])])
-        result = Emitter(store, tape, name, match.window).apply(replacement.operator, source)
+            key = (source, "columns")
+            source = store.once(key, lambda: tape.op("Transpose", [source], [ir.AttrInt64s("perm", [1, 0])]))
+        result = Emitter(store, tape, name, path_dtype(match), match.window).apply(replacement.operator, source)
         shift = replacement.shift if match.adder is None else None
         return add_bias(tape, match, result, shift, splicer)
 

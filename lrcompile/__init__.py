@@ -17,7 +17,7 @@ _FACE = {
     "load": "lrcompile.artifact",
     "Pipeline": "lrcompile.pipeline",
     "Result": "lrcompile.pipeline",
-    "Options": "lrcompile.stages",
+    "Options": "lrcompile.options",
     "Settings": "lrcompile.planning",
     "Budget": "lrcompile.budget",
     "Batches": "lrcompile.data",
@@ -37,7 +37,7 @@ _FACE = {
     "LrcompileError": "lrcompile.errors",
 }
 
-__all__ = [*sorted(_FACE), "__version__"]  # noqa: PLE0604 - names are computed
+__all__ = [*sorted(_FACE), "__version__"]
 
 if TYPE_CHECKING:
     from lrcompile.api import optimize, plan
@@ -46,12 +46,12 @@ if TYPE_CHECKING:
     from lrcompile.data import Batches
     from lrcompile.errors import LrcompileError
     from lrcompile.linop import Dense, LinearOperator, Product, Sum, apply, densify, low_rank
+    from lrcompile.options import Options
     from lrcompile.passes.low_rank import LowRank
     from lrcompile.pipeline import Pipeline, Result
     from lrcompile.planning import Settings
     from lrcompile.rewrite import Context, GraphPass, LinearPass, Proposal
     from lrcompile.sites import LinearSite
-    from lrcompile.stages import Options
 
 
 def __getattr__(name: str) -> Any:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from lrcompile.budget import Budget
+from lrcompile.options import Options
 from lrcompile.pipeline import Pipeline, Result
 from lrcompile.planning import Planned
+from lrcompile.progress import Progress
 from lrcompile.registry import load
 from lrcompile.report import Report
 from lrcompile.rewrite import Pass
-from lrcompile.stages import Options
 
 
 def optimize(
@@ -24,6 +25,7 @@ def optimize(
     passes: Sequence[Pass] | None = None,
     options: Options | None = None,
     out: str | Path | None = None,
+    tell: Progress | None = None,
 ) -> Result:
     """Makes a model smaller or faster, and measures what that did to its outputs.
 
@@ -35,6 +37,7 @@ def optimize(
             of the calibration samples is held out.
         passes: instead of ``low-rank``.
         out: publish the artefact and its reports here, all or nothing.
+        tell: watches the progress.
 
     Raises:
         GateError: the result drifted too far, or is larger or slower; nothing was published.
@@ -43,7 +46,7 @@ def optimize(
     """
     budget = budget or Budget()
     pipeline = Pipeline(_passes(passes, budget), budget, options or Options())
-    return pipeline.run(model, calibration, evaluation, out=out)
+    return pipeline.run(model, calibration, evaluation, out=out, tell=tell)
 
 
 def plan(

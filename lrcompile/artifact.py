@@ -137,7 +137,7 @@ def _write_tensors(held: Mapping[str, Tensor], path: Path, content: str) -> None
             value = value.clone()
         storages.add(value.untyped_storage()._cdata)
         plain[name] = value
-    save_file(plain, path, metadata={"format": "pt", "lrcompile": content})
+    save_file(plain, path, metadata={"lrcompile": content})  # more entries would come in any order
 
 
 def load(folder: str | Path, into: nn.Module | None = None) -> nn.Module | OnnxGraph:

@@ -132,6 +132,19 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
+@contextmanager
+def _quiet(transformers: ModuleType) -> Iterator[None]:
+    """No progress bars of transformers: where they may be shown is the caller's to say."""
+    log = transformers.utils.logging
+    shown = log.is_progress_bar_enabled()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            log.enable_progress_bar()
+
+
 def open_hf(folder: str | Path) -> nn.Module:
     """The model in a Hugging Face folder, in its stored precision and evaluation mode.
 
@@ -145,9 +158,10 @@ def open_hf(folder: str | Path) -> nn.Module:
     config = _config(folder)
     kind: Any = transformers.AutoModel if not config.get("architectures") else _class(transformers, config, folder)
     try:
-        model = kind.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype="auto"
-        )
+        with _quiet(transformers):
+            model = kind.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype="auto"
+            )
     except LrcompileError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, SafetensorError …

@@ -52,13 +52,12 @@ def install_sites(model: nn.Module, manifest: dict[str, Any], held: dict[str, Te
             changes += _install(root, entry, held, pool, memo)
         model = root.get_submodule("model")
         plan = list(_assignments(model, manifest["aliases"], held))
+        plan += _casts(model, manifest["buffers"])
     except BaseException:
         for change in reversed(changes):
             change.undo()
         raise
     _assign(plan)
-    for name, dtype in manifest["buffers"].items():
-        _cast_buffer(model, name, dtype)
     return model
 
 
@@ -157,12 +156,14 @@ def _assign(plan: list[Assignment]) -> None:
             module._buffers[attribute] = value
 
 
-def _cast_buffer(model: nn.Module, name: str, dtype: str) -> None:
-    path, _, attribute = name.rpartition(".")
-    kind = getattr(torch, dtype, None)
-    module = dict(model.named_modules()).get(path)
-    if not isinstance(kind, torch.dtype) or module is None:
-        raise InvalidInputError("malformed entry 'buffers'", where=name)
-    buffer = module._buffers.get(attribute)
-    if buffer is not None and buffer.is_floating_point():
-        module._buffers[attribute] = buffer.to(kind)
+def _casts(model: nn.Module, dtypes: dict[str, str]) -> Iterator[Assignment]:
+    """Buffers that are rebuilt, in the type that they had."""
+    modules = dict(model.named_modules())
+    for name, dtype in dtypes.items():
+        path, _, attribute = name.rpartition(".")
+        kind = getattr(torch, dtype, None)
+        if not isinstance(kind, torch.dtype) or not kind.is_floating_point or path not in modules:
+            raise InvalidInputError("malformed entry 'buffers'", where=name)
+        buffer = modules[path]._buffers.get(attribute)
+        if buffer is not None and buffer.is_floating_point():
+            yield modules[path], attribute, buffer.to(kind)

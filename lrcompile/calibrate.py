@@ -23,7 +23,6 @@ class Moments:
     """Second and first moments of a value with ``n`` channels.
 
     Attributes:
-        gram: ``Σ x xᵀ``, (n, n) float32.
         total: ``Σ x``, (n,).
         absolute: ``Σ |x|``, (n,).
         absmax: ``max |x|``, (n,).
@@ -31,12 +30,20 @@ class Moments:
         samples: number of calibration samples that they came from.
     """
 
-    gram: Tensor
+    _gram: Tensor
     total: Tensor
     absolute: Tensor
     absmax: Tensor
     tokens: int = 0
     samples: int = 0
+    _half: bool = False  # only the lower triangle of the Gram matrix is up to date
+
+    @property
+    def gram(self) -> Tensor:
+        """``Σ x xᵀ``, (n, n) float32."""
+        if self._half:
+            self._mirror()
+        return self._gram
 
     @classmethod
     def zeros(cls, channels: int) -> Moments:
@@ -46,7 +53,12 @@ class Moments:
 
     @property
     def channels(self) -> int:
-        return self.gram.shape[0]
+        return self._gram.shape[0]
+
+    def _mirror(self) -> None:
+        lower = self._gram.tril_()
+        self._gram = lower + lower.tril(-1).T
+        self._half = False
 
     def update(self, rows: Tensor, samples: int = 0) -> None:
         """Adds vectors ``rows`` (tokens, n).
@@ -54,8 +66,8 @@ class Moments:
         Raises:
             InvalidInputError: a vector is NaN or infinite.
         """
-        rows = rows.detach().to("cpu", torch.float32)
-        self.gram.addmm_(rows.T, rows)
+        rows = rows.detach().to("cpu", torch.float32).contiguous()
+        self._accumulate(rows)
         self.total += rows.sum(0)
         magnitude = rows.abs()
         self.absolute += magnitude.sum(0)
@@ -65,6 +77,17 @@ class Moments:
         self.samples += samples
         if not torch.isfinite(self.absolute).all():
             raise InvalidInputError("the calibration data makes this value NaN or infinite")
+
+    def _accumulate(self, rows: Tensor) -> None:
+        """Adds ``rowsᵀ rows`` to the lower triangle: half the work of a full product.
+
+        BLAS counts columns first, so both arrays are handed over as their transposes, in place.
+        """
+        from scipy.linalg.blas import ssyrk
+
+        if len(rows):
+            ssyrk(1.0, rows.numpy().T, beta=1.0, c=self._gram.numpy().T, lower=0, overwrite_c=1)
+            self._half = True
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets of vectors."""

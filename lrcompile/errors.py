@@ -7,7 +7,7 @@ line prints ``message``, ``where`` and ``hint`` on one line each and exits with 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 
@@ -59,9 +59,19 @@ class GateError(LrcompileError):
 
 
 class InfeasibleError(LrcompileError):
-    """No plan fits the budget; the message carries the best one found."""
+    """No plan fits the budget; the message carries the best one found.
+
+    Attributes:
+        best: the least that every limit could be, by the limit's name.
+    """
 
     code = 6
+
+    def __init__(
+        self, message: str, *, where: str = "", hint: str = "", best: Mapping[str, float] | None = None
+    ) -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.best = dict(best or {})
 
 
 class ResourceError(LrcompileError):

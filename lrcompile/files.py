@@ -9,8 +9,8 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +37,35 @@ def sha256(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file as 64 hexadecimal digits; reads it in pieces."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest(path: str | os.PathLike[str], files: Iterable[str | os.PathLike[str]]) -> str:
+    """The SHA-256 of a file, or of a folder's ``files``: over their names and contents, in order of their names."""
+    if os.path.isfile(path):
+        return sha256(path)
+    lines = sorted(f"{Path(file).name} {sha256(file)}" for file in files)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@contextmanager
+def made_folder(path: Path) -> Iterator[Path]:
+    """The folder, created with its parents where it is missing; what was created goes again if the block fails.
+
+    Raises:
+        UsageError: it cannot be created there.
+        ResourceError: the disk is full.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
+    except BaseException as error:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError) and error.filename in map(str, (path, *missing)):
+            raise write_error(error, path) from error
+        raise
 
 
 def write_error(error: OSError, where: str | os.PathLike[str]) -> LrcompileError:

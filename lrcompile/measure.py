@@ -67,7 +67,7 @@ def peak_memory(file: Path, feeds: Path) -> int | None:
 
 
 def _child(arguments: list[str]) -> dict | None:
-    command = [sys.executable, "-m", "lrcompile.measure", *arguments]
+    command = [sys.executable, "-P", __file__, *arguments]  # by its file: nothing of lrcompile need be importable
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return json.loads(done.stdout) if done.returncode == 0 else None
 
@@ -96,8 +96,16 @@ def _main(mode: str, feeds: str, seconds: str, threads: str, *files: str) -> Non
             random.shuffle(order)
             for index in order:
                 rows[index].append(run(sessions[index]))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"ms": [row[1:] for row in rows], "bytes": peak}))
+    print(json.dumps({"ms": [row[1:] for row in rows], "bytes": _peak()}))
+
+
+def _peak() -> int:
+    """Peak resident bytes of this program; getrusage would count what its parent held when it forked."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrcompile import stages
-from lrcompile.budget import Budget
-from lrcompile.errors import LrcompileError, UsageError
-from lrcompile.files import AtomicSet
+from lrcompile import outcome, stages
+from lrcompile.budget import Budget, quantity
+from lrcompile.errors import InfeasibleError, LrcompileError, UsageError
+from lrcompile.files import AtomicSet, made_folder
 from lrcompile.graphs.base import Graph
 from lrcompile.lowering import Runnable
+from lrcompile.options import Options
 from lrcompile.planning import Planned
 from lrcompile.progress import Progress
 from lrcompile.registry import EXACT, backend_for, load
 from lrcompile.report import record
 from lrcompile.rewrite import Context, GraphPass, LinearPass, Pass
-from lrcompile.stages import Options
 
 
 @dataclass(eq=False)
@@ -107,11 +107,12 @@ class Pipeline:
                 rewrites += stages.install(run, self._planned(run))
             return self._finish(run, rewrites, Path(out) if out is not None else None, start)
         except LrcompileError as error:
-            run.report.seconds = time.monotonic() - start
-            error.report = run.report
+            _stopped(error, run, self.budget, start)
             raise
 
-    def plan(self, graph: Any, calibration: Any = None, *, tell: Progress | None = None) -> tuple[Planned, record.Report]:
+    def plan(
+        self, graph: Any, calibration: Any = None, *, tell: Progress | None = None
+    ) -> tuple[Planned, record.Report]:
         """What :meth:`run` would choose; changes and writes nothing.
 
         Raises:
@@ -124,9 +125,14 @@ class Pipeline:
         run = self._prepare(open_graph(graph), calibration, None, tell, "plan")
         if not self.budget.limited:
             raise UsageError("a plan needs a limit", hint="give --keep, --bytes or --macs")
-        planned = self._planned(run)
-        stages.decide(run, planned)
-        stages.predict(run, planned)
+        try:
+            planned = self._planned(run)
+        except LrcompileError as error:
+            _stopped(error, run, self.budget, start)
+            raise
+        outcome.decide(run, planned)
+        outcome.predict(run, planned)
+        run.report.budget = outcome.reached(run, None, self.budget)
         run.report.seconds = time.monotonic() - start
         return planned, run.report
 
@@ -139,12 +145,19 @@ class Pipeline:
                 "a lossy budget needs calibration data",
                 hint="give --calib samples.npz, or --data-free to go without (the result is stamped uncalibrated)",
             )
-        report = stages.new_report(verb, self.options)
+        report = stages.new_report(verb, self.options, self.budget)
         run = stages.Run(graph, backend_for(graph), self.options, report, tell or Progress(), data, held)
         stages.describe_before(run)
-        stages.describe_calibration(run)
-        run.report.config = {"passes": [str(each) for each in self.passes], **_given(self.budget)}
+        stages.describe_calibration(run, lossy=self.budget.limited)
+        run.report.config = self._config(calibration, evaluation)
         return run
+
+    def _config(self, calibration: Any, evaluation: Any) -> dict[str, Any]:
+        """What was asked for, by the names of the command line's options; ``--config`` runs it again."""
+        sources = {"calibration": calibration, "evaluation": evaluation}
+        given = {name: str(value) for name, value in sources.items() if isinstance(value, str | Path)}
+        limits = {name: value for name, value in vars(self.budget).items() if value is not None}
+        return {"pass": [str(each) for each in self.passes], **limits, **given, **self.options.config(self.budget)}
 
     def _exact(self, run: stages.Run) -> int:
         ours = [load("passes", name)() for name in EXACT] if self.exact else []
@@ -160,25 +173,32 @@ class Pipeline:
 
     def _finish(self, run: stages.Run, rewrites: int, out: Path | None, start: float) -> Result:
         report = run.report
-        stages.decide(run, run.planned)
+        outcome.decide(run, run.planned)
         if not rewrites:
             report.status = "unchanged"
             report.seconds = time.monotonic() - start
             return Result(run.graph, run.backend.build(run.graph), report)
         source = getattr(run.graph, "path", None)
-        target = stages.target_of(run.graph, out)
+        target = outcome.target_of(run.graph, out)
         files = AtomicSet(target, inputs=[source] if source else [], force=self.options.force) if target else None
-        with files or nullcontext():
+        folder = target.parent if target is not None and target != out else None
+        with made_folder(folder) if folder else nullcontext(), files or nullcontext():
             built = run.backend.build(run.graph, out=files)
-            stages.gate(run, built, self.budget)
-            stages.describe_after(run, built, files)
-            stages.refuse_growth(run, self.budget)
+            outcome.gate(run, built, self.budget)
+            outcome.describe_after(run, built, files)
+            outcome.refuse_growth(run, self.budget)
             report.seconds = time.monotonic() - start
             if files is not None:
-                stages.write_reports(run, files)
+                outcome.write_reports(run, files)
             built.release()
         return Result(run.graph, built, report, target)
 
 
-def _given(budget: Budget) -> dict[str, Any]:
-    return {name: value for name, value in vars(budget).items() if value is not None}
+def _stopped(error: LrcompileError, run: stages.Run, budget: Budget, start: float) -> None:
+    """Gives the error what was found until then."""
+    report = error.report = run.report
+    report.seconds = time.monotonic() - start
+    if isinstance(error, InfeasibleError):
+        report.feasible = False
+        targets = {name: quantity(getattr(budget, name), name) or 0.0 for name in error.best}
+        report.budget = {name: record.BudgetLine(targets[name], best) for name, best in error.best.items()}

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from lrcompile import cache
-from lrcompile.budget import COSTS, Budget, Unit, allocate
+from lrcompile.budget import COSTS, Budget, Unit, allocate, quantity
 from lrcompile.calibrate import Moments
 from lrcompile.data import Batches
-from lrcompile.errors import UsageError
+from lrcompile.errors import InfeasibleError, UsageError
 from lrcompile.graphs.base import Graph, Inputs
 from lrcompile.linop import Cost, cost
 from lrcompile.progress import Progress, Watched
@@ -227,16 +227,18 @@ def _scales(
         return {site.name: 1.0 / max(context.energy(site), 1e-30) for site in wanted}
     probes = {site.name: _probe(site, offers[site.name].proposals) for site in wanted}
     labels = ",".join(f"{name}:{probe.source}:{probe.label}:{probe.error:.6g}" for name, probe in probes.items())
-    name = cache.key("probes/1", graph.fingerprint(), data.sha256, str(settings.probe_samples), labels)
+    name = cache.key("probes/2", graph.fingerprint(), data.sha256, str(settings.probe_samples), labels)
     stored = cache.load(name, settings.cache)
     if stored is not None:
-        measured = {site: float(value) for site, value in zip(stored[1], stored[0]["change"], strict=True)}
+        tensors, texts = stored  # the file keeps no order of its texts, so each says which value is its own
+        measured = {site: float(tensors["change"][int(index)]) for site, index in texts.items()}
     else:
         batches = probe_batches(data, settings.probe_samples)
         tell(f"probing {len(wanted)} sites", len(batches))
         measured = dict(graph.probe(Watched(batches, tell), {name: probe.by[name] for name, probe in probes.items()}))
         values = torch.tensor(list(measured.values()), dtype=torch.float64)
-        cache.store(name, {"change": values}, dict.fromkeys(measured, ""), settings.cache)
+        texts = {site: str(index) for index, site in enumerate(measured)}
+        cache.store(name, {"change": values}, texts, settings.cache)
     return {name: measured[name] / max(probe.error, 1e-30) for name, probe in probes.items()}
 
 
@@ -278,11 +280,32 @@ def _allocate(
         units.append(Unit(np.array(rows, dtype=float), np.array([*losses, 0.0])))
     before = np.sum([unit.costs[-1] for unit in units], axis=0) if units else np.zeros(len(COSTS))
     rest = np.maximum(np.array([0.0, whole.nbytes, whole.macs]) - [0.0, *before[1:]], 0.0)
-    picked = allocate(units, budget.limits(before + rest, rest))
+    try:
+        picked = allocate(units, budget.limits(before + rest, rest))
+    except InfeasibleError as error:
+        raise _infeasible(error, budget, units, before + rest, rest) from error
     return [
         _choice(site, offers[site.name], unit, index, counts[site.name])
         for site, unit, index in zip(sites, units, picked, strict=True)
     ]
+
+
+def _infeasible(
+    error: InfeasibleError, budget: Budget, units: Sequence[Unit], before: np.ndarray, rest: np.ndarray
+) -> InfeasibleError:
+    """The allocator's complaint in the user's terms: what was asked for, and the best there is."""
+    least = rest + sum((unit.costs.min(axis=0) for unit in units), np.zeros(len(COSTS)))
+    best = {}
+    for name, value, whole in zip(COSTS, least, before, strict=True):
+        asked = quantity(getattr(budget, name), name)
+        if asked is not None:
+            best[name] = float(value / whole) if asked <= 1 and whole else float(value)
+    asked = " and ".join(f"{name} {getattr(budget, name)}" for name in best)
+    found = ", ".join(f"{name} {value:.4g}" if value <= 1 else f"{name} {value:,.0f}" for name, value in best.items())
+    together = " (each alone)" if len(best) > 1 else ""
+    return InfeasibleError(
+        f"{asked} cannot be met; the best found is {found}{together}", where=error.where, hint=error.hint, best=best
+    )
 
 
 def _row(cost: Cost, count: float) -> tuple[float, float, float]:

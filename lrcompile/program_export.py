@@ -148,12 +148,13 @@ class _Writer:
         specs = self.exported.graph_signature.input_specs
         stored = {**self.exported.constants, **self.exported.state_dict}
         user: list[tuple[torch.fx.Node, str]] = []
-        names = iter(self.exported.call_spec.in_spec.child(0).child(0).context)  # the dictionary's keys
+        tree: Any = self.exported.call_spec.in_spec
+        names = iter(tree.child(0).child(0).context)  # the dictionary's keys
         for node, spec in zip(holders, specs, strict=True):
             if spec.kind == torch.export.graph_signature.InputKind.USER_INPUT:
                 user.append((node, next(names)))
-            elif isinstance(stored.get(spec.target), Tensor):
-                self.index[node] = self._tensor(stored[spec.target])
+            elif isinstance(held := stored.get(str(spec.target)), Tensor):
+                self.index[node] = self._tensor(held)
             else:
                 raise _refusal(f"it holds an object, {spec.target}")
         for node, name in user:

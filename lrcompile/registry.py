@@ -35,7 +35,7 @@ def load(kind: str, name: str) -> Any:
     """
     known = names(kind)
     if name not in known:
-        raise UsageError(f"unknown {kind.removesuffix('es').removesuffix('s')} '{name}'", hint=nearest(name, known))
+        raise UsageError(f"unknown {'pass' if kind == 'passes' else 'backend'} '{name}'", hint=nearest(name, known))
     module, _, attribute = known[name].partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)

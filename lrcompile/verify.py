@@ -177,8 +177,9 @@ def require(drift: Drift) -> None:
     """
     if not drift.passed:
         name = "relative L2 drift" if drift.metric is None else "metric"
+        what = f"is above the limit {drift.limit:.3g}" if drift.limit is not None else "is not a number"
         raise GateError(
-            f"{name} {drift.value:.3g} is above the limit {drift.limit:.3g} on {drift.samples} held-out samples",
+            f"{name} {drift.value:.3g} {what} on {drift.samples} held-out samples",
             where=drift.worst_output,
             hint="keep more, calibrate on more data, or raise --max-drift",
         )

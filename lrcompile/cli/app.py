@@ -10,34 +10,65 @@ import typer
 
 from lrcompile.cli import shell
 
+
+def _config(context: typer.Context, path: str | None) -> str | None:
+    """Reads the config file before the other options, which fall back to it."""
+    if path is not None:
+        from lrcompile.cli import config
+
+        commands = context.parent.command.commands  # type: ignore[union-attr]
+        context.default_map = config.read(path, commands["optimize"].params)
+    return path
+
+
+def _option(*names: str, help: str) -> Any:
+    """An option that the environment may set too: ``--max-drift`` is ``LRCOMPILE_MAX_DRIFT``."""
+    variable = names[-1].split("/")[0].removeprefix("--").upper().replace("-", "_")
+    return typer.Option(*names, help=help, envvar=f"LRCOMPILE_{variable}", show_envvar=False)
+
+
 Model = Annotated[str, typer.Argument(help="an .onnx file, or a Hugging Face folder")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="no progress on stderr")]
-Calib = Annotated[str | None, typer.Option("--calib", "--calibration", help="calibration samples: .npz, .npy or a folder")]
-Eval = Annotated[str | None, typer.Option("--eval", "--evaluation", help="held-out samples, same forms as --calib")]
-Keep = Annotated[float | None, typer.Option(help="share of the sites' values that stays, 0 to 1")]
-Bytes = Annotated[str | None, typer.Option(help="size on disk: 60MB, or a share of the original")]
-Macs = Annotated[str | None, typer.Option(help="multiply-accumulates per sample: 500M, or a share of the original")]
-Preset = Annotated[str | None, typer.Option(help="safe (exact rewrites only), balanced, small or mcu")]
-Drift = Annotated[float | None, typer.Option("--max-drift", help="largest relative L2 change of an output")]
-Passes = Annotated[list[str] | None, typer.Option("-p", "--pass", help='a pass with options: "low-rank{metric=plain}"')]
-Include = Annotated[list[str] | None, typer.Option(help="only sites whose name matches this glob")]
-Exclude = Annotated[list[str] | None, typer.Option(help="no site whose name matches this glob")]
-Seed = Annotated[int, typer.Option(help="seed of everything random")]
-DataFree = Annotated[bool, typer.Option("--data-free", help="allow a lossy budget without calibration data")]
-Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="keep calibration statistics on disk")]
-Probes = Annotated[bool, typer.Option("--probes/--no-probes", help="measure how much each site matters")]
-Metric = Annotated[str | None, typer.Option(help="package.module:function(reference, candidate), larger is worse")]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        "--config", is_eager=True, callback=_config, help="options from a TOML file, or those of an earlier report.json"
+    ),
+]
+Calib = Annotated[str | None, _option("--calib", "--calibration", help="calibration samples: .npz, .npy or a folder")]
+Eval = Annotated[str | None, _option("--eval", "--evaluation", help="held-out samples, same forms as --calib")]
+Keep = Annotated[float | None, _option("--keep", help="share of the sites' values that stays, 0 to 1")]
+Bytes = Annotated[str | None, _option("--bytes", help="size on disk: 60MB, or a share of the original")]
+Macs = Annotated[
+    str | None, _option("--macs", help="multiply-accumulates per sample: 500M, or a share of the original")
+]
+Limit = Annotated[float | None, _option("--drift", help="the drift must stay below this")]
+Preset = Annotated[str | None, _option("--preset", help="safe (exact rewrites only), balanced, small or mcu")]
+Drift = Annotated[float | None, _option("--max-drift", help="largest relative L2 change of an output")]
+Passes = Annotated[list[str] | None, _option("-p", "--pass", help='a pass with options: "low-rank{metric=plain}"')]
+Include = Annotated[list[str] | None, _option("--include", help="only sites whose name matches this glob")]
+Exclude = Annotated[list[str] | None, _option("--exclude", help="no site whose name matches this glob")]
+Seed = Annotated[int, _option("--seed", help="seed of everything random")]
+DataFree = Annotated[bool, _option("--data-free", help="allow a lossy budget without calibration data")]
+Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="keep statistics on disk, in $LRCOMPILE_CACHE")]
+Probes = Annotated[bool, _option("--probes/--no-probes", help="measure how much each site matters")]
+Metric = Annotated[
+    str | None, _option("--metric", help="package.module:function(reference, candidate), larger is worse")
+]
+Growth = Annotated[bool, _option("--force-growth", help="publish a larger or slower result")]
+Latency = Annotated[bool, _option("--latency-check/--no-latency-check", help="measure latency and memory")]
+Output = Annotated[str | None, typer.Option("-o", "--output", help="default: MODEL.lrcompile.onnx")]
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make trained models smaller and faster without retraining, and prove that they are still good.",
 )
+_SOURCES = "Options may also stand in a --config file, or in the environment: LRCOMPILE_KEEP=0.8."
 
 
 @app.command()
@@ -45,10 +76,10 @@ def inspect(model: Model, json: Json = False, debug: Debug = False) -> None:
     """Show what a model is made of: inputs, outputs, sites, parameters, MACs."""
     from lrcompile.cli import verbs
 
-    shell.verb("inspect", lambda: verbs.inspect(model), json=json, debug=debug)
+    shell.verb("inspect", lambda _: verbs.inspect(model), json=json, debug=debug)
 
 
-@app.command()
+@app.command(epilog=_SOURCES)
 def plan(
     model: Model,
     keep: Keep = None,
@@ -63,6 +94,7 @@ def plan(
     cache: Cache = True,
     probes: Probes = True,
     seed: Seed = 0,
+    config: Config = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -71,17 +103,17 @@ def plan(
     from lrcompile.cli import verbs
 
     given = dict(locals())
-    shell.verb("plan", lambda: verbs.plan(given, shell.progress(quiet)), json=json, debug=debug)
+    shell.verb("plan", lambda tell: verbs.plan(given, tell), json=json, debug=debug, quiet=quiet)
 
 
-@app.command()
+@app.command(epilog=_SOURCES)
 def optimize(
     model: Model,
-    output: Annotated[str | None, typer.Option("-o", "--output", help="default: MODEL.lrcompile.onnx")] = None,
+    output: Output = None,
     keep: Keep = None,
     bytes: Bytes = None,
     macs: Macs = None,
-    drift: Annotated[float | None, typer.Option(help="the drift must stay below this")] = None,
+    drift: Limit = None,
     calib: Calib = None,
     eval: Eval = None,
     preset: Preset = None,
@@ -92,11 +124,13 @@ def optimize(
     exclude: Exclude = None,
     data_free: DataFree = False,
     force: Annotated[bool, typer.Option("--force", help="replace an existing output")] = False,
-    force_growth: Annotated[bool, typer.Option("--force-growth", help="publish a larger or slower result")] = False,
-    latency: Annotated[bool, typer.Option("--latency-check/--no-latency-check", help="measure latency and memory")] = True,
+    force_growth: Growth = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="do everything but write the result")] = False,
+    latency_check: Latency = True,
     cache: Cache = True,
     probes: Probes = True,
     seed: Seed = 0,
+    config: Config = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -105,7 +139,7 @@ def optimize(
     from lrcompile.cli import verbs
 
     given = dict(locals())
-    shell.verb("optimize", lambda: verbs.optimize(given, shell.progress(quiet)), json=json, debug=debug)
+    shell.verb("optimize", lambda tell: verbs.optimize(given, tell), json=json, debug=debug, quiet=quiet)
 
 
 @app.command()
@@ -121,7 +155,7 @@ def verify(
     """Measure how far the outputs of B are from those of A."""
     from lrcompile.cli import verbs
 
-    shell.verb("verify", lambda: verbs.verify(a, b, eval, max_drift, metric), json=json, debug=debug)
+    shell.verb("verify", lambda _: verbs.verify(a, b, eval, max_drift, metric), json=json, debug=debug)
 
 
 @app.command("passes")
@@ -133,7 +167,7 @@ def show_passes(
     """List the passes with their options."""
     from lrcompile.cli import verbs
 
-    shell.verb("passes", lambda: verbs.passes(name), json=json, debug=debug)
+    shell.verb("passes", lambda _: verbs.passes(name), json=json, debug=debug)
 
 
 @app.command()
@@ -144,18 +178,35 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Compress a small vision transformer for handwritten digits and show what it costs."""
-    from lrcompile.cli import demo as show
 
-    shell.verb("demo", lambda: show.demo(output, shell.progress(quiet)), json=json, debug=debug)
+    def work(tell: Any) -> shell.Answer:
+        from lrcompile.cli import demo as show
+
+        return show.demo(output, tell)
+
+    shell.verb("demo", work, json=json, debug=debug, quiet=quiet)
+
+
+@app.command()
+def doctor(json: Json = False, debug: Debug = False) -> None:
+    """Check that everything needed is installed and works."""
+    from lrcompile.cli import doctor as checks
+
+    shell.verb("doctor", lambda _: checks.examine(), json=json, debug=debug)
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+def root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="print the version")] = False
+) -> None:
     if version:
         from lrcompile import __version__
 
         typer.echo(f"lrcompile {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

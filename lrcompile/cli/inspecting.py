@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lrcompile.files import digest
 from lrcompile.frontend import open_graph
 from lrcompile.graphs.base import Graph
 from lrcompile.report import human_bytes, human_count
@@ -28,7 +29,7 @@ def facts(path: Path) -> dict[str, Any]:
     ]
     disk = sum(file.stat().st_size for file in graph.files)
     return {
-        "input": {"path": path.name, "bytes": disk},
+        "input": {"path": str(path), "sha256": digest(path, graph.files), "bytes": disk},
         **_structure(graph),
         "parameters": graph.parameters,
         "bytes": disk,
@@ -60,7 +61,8 @@ def show(found: dict[str, Any]) -> None:
             shape = "×".join(str(size) if size not in (None, "") else "?" for size in item["shape"])
             console.print(Text(f"  {side[:-1]} {item['name']}  {item['dtype'] or ''} {shape}"))
     macs = human_count(found["macs"]) if found["macs"] else "unknown"
-    console.print(f"  {human_count(found['parameters'])} parameters, {human_bytes(found['bytes'])}, {macs} MACs per sample")
+    sizes = f"{human_count(found['parameters'])} parameters, {human_bytes(found['bytes'])}"
+    console.print(f"  {sizes}, {macs} MACs per sample")
     table = Table("site", "shape", "uses", "kind", "note", box=None, header_style="bold")
     for site in found["sites"]:
         shape = "×".join(map(str, site["shape"]))

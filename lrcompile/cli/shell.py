@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+import errno
 import json as json_format
 import os
 import sys
+import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from lrcompile.errors import LrcompileError, ResourceError, UsageError
+from lrcompile.errors import InvalidInputError, LrcompileError, ResourceError, UsageError, nearest
 from lrcompile.progress import Progress
 
-_STATUS = {5: "gate_failed", 6: "infeasible"}
+_STATUS = {5: "gate_failed", 6: "infeasible", 130: "interrupted"}
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "bad allocation", "Failed to allocate memory")
+_READING = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+class _Interrupted(LrcompileError):
+    code: ClassVar[int] = 130
+
+
+class _UnexpectedError(LrcompileError):
+    code: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a verb has to say: fields of its JSON object, and how to show it to a person."""
+    """What a verb has to say: fields of its JSON object, how to show it to a person, and what failed, if anything."""
 
     fields: dict[str, Any]
     show: Callable[[], None]
     status: str = "ok"
-    code: int = 0
-    seconds: float | None = field(default=None)
+    error: LrcompileError | None = None
 
 
-class Stop(Exception):  # noqa: N818 - a way out, no error
+class Stop(Exception):
     """Ends the command with an exit code; everything has been said."""
 
     def __init__(self, code: int) -> None:
@@ -36,110 +47,168 @@ class Stop(Exception):  # noqa: N818 - a way out, no error
         self.code = code
 
 
-def verb(name: str, work: Callable[[], Answer], *, json: bool, debug: bool) -> None:
-    """Runs a verb and says what came of it."""
-    import time
-
+def verb(name: str, work: Callable[[Progress], Answer], *, json: bool, debug: bool, quiet: bool = True) -> None:
+    """Runs a verb and says what came of it; with ``json`` whatever else is printed goes to stderr."""
     start = time.monotonic()
     try:
-        answer = work()
-    except KeyboardInterrupt:
-        _fail(name, 130, "interrupted; nothing was written", "", "", None, json=json, seconds=time.monotonic() - start)
-        raise Stop(130) from None
-    except (LrcompileError, MemoryError, OSError) as error:
+        with redirect_stdout(sys.stderr) if json else nullcontext(), _progress(quiet) as tell:
+            answer = work(tell)
+    except (KeyboardInterrupt, Exception) as error:
         if debug:
             traceback.print_exc()
         known = _typed(error)
-        seconds = time.monotonic() - start
-        _fail(name, known.code, known.message, known.hint, known.where, known.report, json=json, seconds=seconds)
+        if json:
+            _print(_failure(name, known, time.monotonic() - start))
+        _say(known)
         raise Stop(known.code) from None
     if json:
-        from lrcompile.report import jsonable, versions
-
-        head = {"schema": f"lrcompile.{name}/1", "status": answer.status, "seconds": time.monotonic() - start}
-        _print(jsonable(head) | {"versions": versions()} | answer.fields)
+        _print(_head(name, answer.status, time.monotonic() - start) | _error(answer.error) | answer.fields)
     else:
         answer.show()
-    if answer.code:
-        raise Stop(answer.code)
+    if answer.error is not None:
+        _say(answer.error)
+        raise Stop(answer.error.code)
 
 
 def _typed(error: BaseException) -> LrcompileError:
-    """Errors of the system as ours."""
-    if isinstance(error, LrcompileError):
-        return error
-    if isinstance(error, OSError):
-        from lrcompile.files import write_error
+    """Whatever ended a verb, as one of ours."""
+    match error:
+        case LrcompileError():
+            return error
+        case KeyboardInterrupt():
+            known: LrcompileError = _Interrupted("interrupted; nothing was written")
+        case MemoryError():
+            known = _no_memory()
+        case OSError():
+            known = _system(error)
+        case _ if any(words in str(error) for words in _NO_MEMORY):
+            known = _no_memory()
+        case _:
+            text = (str(error).splitlines() or [""])[0][:300]
+            hint = "this is a bug: run it again with --debug and report the traceback"
+            known = _UnexpectedError(f"{type(error).__name__}: {text}", hint=hint)
+    known.report = getattr(error, "report", None)
+    return known
 
-        return write_error(error, error.filename or "")
+
+def _no_memory() -> ResourceError:
     return ResourceError("not enough memory", hint="calibrate with fewer samples, or on a larger machine")
 
 
-def _fail(
-    name: str, code: int, message: str, hint: str, where: str, report: Any, *, json: bool, seconds: float
-) -> None:
-    if json:
-        from lrcompile.report import jsonable, to_json, versions
+def _system(error: OSError) -> LrcompileError:
+    """Writing is typed where it happens; what arrives here was reading, or a full disk beside the output."""
+    from lrcompile.files import write_error
 
-        found = {} if report is None else to_json(report)
-        found |= {"schema": f"lrcompile.{name}/1", "status": _STATUS.get(code, "error"), "seconds": jsonable(seconds)}
-        found["versions"] = versions()
-        if name == "optimize":
-            found["output"] = None
-        found["error"] = {"code": code, "message": message, "hint": hint, "where": where}
-        _print(found)
-    line = f"error: {where}: {message}" if where else f"error: {message}"
+    if error.errno in _READING:
+        return InvalidInputError(f"cannot be read: {os.strerror(error.errno)}", where=str(error.filename or ""))
+    return write_error(error, error.filename or "")
+
+
+# -- output ------------------------------------------------------------------------------------
+
+
+def _head(name: str, status: str, seconds: float) -> dict[str, Any]:
+    from lrcompile.report import jsonable, versions
+
+    return {
+        "schema": f"lrcompile.{name}/1",
+        "status": status,
+        "seconds": jsonable(seconds),
+        "versions": versions(),
+    }
+
+
+def _error(error: LrcompileError | None) -> dict[str, Any]:
+    if error is None:
+        return {}
+    fields = {"code": error.code, "message": error.message, "hint": error.hint, "where": str(error.where)}
+    return {"error": fields}
+
+
+def _failure(name: str, error: LrcompileError, seconds: float) -> dict[str, Any]:
+    """The JSON object of a run that stopped: what it found until then, and that nothing was published."""
+    from lrcompile.report import to_json
+
+    found = {} if error.report is None else to_json(error.report)
+    head = _head(name, _STATUS.get(error.code, "error"), seconds) | _error(error)
+    unpublished = dict.fromkeys(("output", "report")) if name == "optimize" else {}
+    return head | {key: value for key, value in found.items() if key not in head} | unpublished
+
+
+def _say(error: LrcompileError) -> None:
+    line = f"error: {error.where}: {error.message}" if error.where else f"error: {error.message}"
     print(" ".join(line.split()), file=sys.stderr)
-    if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {' '.join(error.hint.split())}", file=sys.stderr)
 
 
 def _print(found: dict[str, Any]) -> None:
-    print(json_format.dumps(found, indent=2, allow_nan=False))
+    print(json_format.dumps(found, indent=2, allow_nan=False), flush=True)
+
+
+# -- parsing -----------------------------------------------------------------------------------
 
 
 def guard(command: Callable[..., Any], arguments: list[str]) -> int:
-    """Runs the parsed command; turns whatever ends it into an exit code."""
+    """Parses and runs a command; turns whatever ends it into an exit code."""
     try:
-        command(args=arguments, prog_name="lrcompile", standalone_mode=False)
+        code = command(args=arguments, prog_name="lrcompile", standalone_mode=False)
     except Stop as stop:
         return stop.code
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
-        return _usage(error, arguments)
-    return 0
+    except (KeyboardInterrupt, Exception) as error:
+        return _unparsed(error, command, arguments)
+    return code if isinstance(code, int) else 0
 
 
-def _usage(error: Exception, arguments: Sequence[str]) -> int:
-    """Errors of the argument parser: exit code 2, as JSON too where it was asked for."""
-    show = getattr(error, "format_message", None)
-    if show is None:
-        if getattr(error, "exit_code", None) is not None:
-            return int(error.exit_code)  # type: ignore[attr-defined]
-        if type(error).__name__ == "Abort":
-            return 130
-        raise error
-    name = next((word for word in arguments if not word.startswith("-")), "lrcompile")
-    known = UsageError(show(), hint=f"lrcompile {name} --help" if name != "lrcompile" else "lrcompile --help")
-    _fail(name, 2, known.message, known.hint, "", None, json="--json" in arguments, seconds=0.0)
-    return 2
+def _unparsed(error: BaseException, command: Any, arguments: Sequence[str]) -> int:
+    """What ended a command before its verb began: mostly unknown words, exit code 2."""
+    if "--debug" in arguments:
+        traceback.print_exception(error)
+    if type(error).__name__ == "Abort":
+        error = KeyboardInterrupt()
+    known = _usage(error) if hasattr(error, "format_message") else _typed(error)
+    if "--json" in arguments:
+        name = next((word for word in arguments if word in command.commands), "usage")
+        _print(_failure(name, known, 0.0))
+    _say(known)
+    return known.code
+
+
+def _usage(error: Any) -> UsageError:
+    """The parser's complaint in our words, with the nearest name."""
+    context = getattr(error, "ctx", None)
+    command = getattr(context, "command", None)
+    if command is not None and hasattr(error, "possibilities"):
+        known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        hint = nearest(error.option_name, {name for name in known if name.startswith("--")} | {"--help"})
+        return UsageError(f"unknown option '{error.option_name}'", hint=hint)
+    text = error.format_message()
+    if text.startswith("No such command"):
+        word = text.split("'")[1]
+        return UsageError(f"unknown command '{word}'", hint=nearest(word, command.commands))
+    return UsageError(text.rstrip("."), hint=f"{context.command_path if context else 'lrcompile'} --help")
 
 
 # -- progress ----------------------------------------------------------------------------------
 
 
-def progress(quiet: bool) -> Progress:
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Progress]:
     """Bars on a terminal, lines elsewhere, nothing when quiet."""
     if quiet:
-        return Progress()
-    if sys.stderr.isatty() and os.environ.get("CI") != "true":
-        return _Bars()
-    return _Lines()
+        yield Progress()
+    elif sys.stderr.isatty() and os.environ.get("CI", "").lower() in ("", "0", "false"):
+        bars = _Bars()
+        try:
+            yield bars
+        finally:
+            bars.close()
+    else:
+        yield _Lines()
 
 
 class _Lines(Progress):
@@ -168,6 +237,7 @@ class _Bars(Progress):
         if self._task is not None:
             self._rich.advance(self._task)
 
-    def __del__(self) -> None:
+    def close(self) -> None:
+        """Takes the bar off the screen."""
         if self._task is not None:
             self._rich.stop()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +20,37 @@ def optimize(given: dict[str, Any], tell: Progress) -> Answer:
 
     model = Path(given["model"])
     output = Path(given["output"]) if given["output"] else _default_output(model)
-    _refuse_existing(output, given["force"])
+    dry = given["dry_run"]
+    if not dry:
+        _check_output(model, output, given["force"])
     pipeline = _pipeline(given)
-    result = pipeline.run(model, given["calib"], given["eval"], out=output, tell=tell)
+    with tempfile.TemporaryDirectory() if dry else nullcontext() as scratch:
+        target = Path(scratch) / output.name if scratch else output
+        result = pipeline.run(model, given["calib"], given["eval"], out=target, tell=tell)
     report = result.report
-    if report.status == "unchanged":
+    if dry:
+        report.output = report.report = None
+        report.notes.append("dry run: nothing was written")
+    if report.status == "unchanged" and not pipeline.budget.limited:
         report.notes.append(_potential(result.graph))
 
     def show() -> None:
         print_report(report)
-        print(f"wrote {output}" if report.status == "ok" else "nothing to rewrite; nothing was written")
+        if report.status != "ok":
+            print("nothing to rewrite; nothing was written")
+        elif not dry:
+            print(f"wrote {output}")
 
-    return Answer(_rest(to_json(report)), show, report.status)
+    return Answer(_located(_rest(to_json(report)), model, output), show, report.status)
 
 
 def plan(given: dict[str, Any], tell: Progress) -> Answer:
     """``lrcompile plan``."""
     from lrcompile.report import print_report, to_json
 
-    _, report = _pipeline(given).plan(Path(given["model"]), given["calib"], tell=tell)
-    return Answer(_rest(to_json(report)), lambda: print_report(report))
+    model = Path(given["model"])
+    _, report = _pipeline(given).plan(model, given["calib"], tell=tell)
+    return Answer(_located(_rest(to_json(report)), model, None), lambda: print_report(report))
 
 
 def inspect(model: str) -> Answer:
@@ -101,8 +115,8 @@ def _pipeline(given: dict[str, Any]) -> Any:
 
 def _options(given: dict[str, Any]) -> Any:
     from lrcompile import cache
+    from lrcompile.options import Options
     from lrcompile.planning import Settings
-    from lrcompile.stages import Options
     from lrcompile.verify import load_metric
 
     settings = Settings(
@@ -119,20 +133,47 @@ def _options(given: dict[str, Any]) -> Any:
         data_free=given["data_free"],
         force=given.get("force", False),
         force_growth=given.get("force_growth", False),
-        latency=given.get("latency", True),
+        latency=given.get("latency_check", True),
         settings=settings,
     )
 
 
 def _default_output(model: Path) -> Path:
-    return model.with_name(f"{model.name}.lrcompile") if model.is_dir() else model.with_suffix(".lrcompile.onnx")
+    if not model.is_dir():
+        return model.with_suffix(".lrcompile.onnx")
+    whole = Path(os.path.abspath(model))  # "." has no name to extend
+    return (model if model.name not in ("", "..") else whole).with_name(f"{whole.name}.lrcompile")
 
 
-def _refuse_existing(output: Path, force: bool) -> None:
-    """Checked again when it is written; checked here so that nobody waits minutes for this answer."""
-    taken = any(output.iterdir()) if output.is_dir() else output.exists()
-    if taken and not force:
-        raise UsageError("exists already", where=str(output), hint="choose another --output, or --force to replace it")
+def _check_output(model: Path, output: Path, force: bool) -> None:
+    """All of this is checked again when it is written; here so that nobody waits minutes for the answer.
+
+    Raises:
+        UsageError: something stands there already, or cannot stand there.
+    """
+    if output.is_dir() and not model.is_dir():
+        raise UsageError("the output is a folder", where=str(output), hint="give the name of a file")
+    if not output.parent.is_dir():
+        raise UsageError("there is no such folder", where=str(output.parent), hint="create it first")
+    if force:
+        return
+    if os.path.lexists(output) and model.exists() and output.exists() and output.samefile(model):
+        raise UsageError("the output is the input", where=str(output), hint="choose another --output, or --force")
+    stem = output.name.removesuffix(".onnx")
+    beside = [] if model.is_dir() else [output.with_name(f"{stem}.report.{kind}") for kind in ("json", "html")]
+    for path in (output, *beside):
+        if any(path.iterdir()) if path.is_dir() else os.path.lexists(path):
+            raise UsageError("exists already", where=str(path), hint="choose another --output, or --force")
+
+
+def _located(found: dict[str, Any], model: Path, output: Path | None) -> dict[str, Any]:
+    """Paths as the caller wrote them; in the stored report they are relative to the report."""
+    if found.get("input"):
+        found["input"]["path"] = str(model)
+    if output is not None and found.get("output"):
+        found["output"]["path"] = str(output)
+        found["report"] = str((output if model.is_dir() else output.parent) / found["report"])
+    return found
 
 
 def _potential(graph: Any) -> str:
@@ -141,9 +182,9 @@ def _potential(graph: Any) -> str:
     values = sum(site.shape[0] * site.shape[1] for site in sites)
     if not values:
         return "the model has no linear weight that could be factorised"
-    share = 4 * values / max(graph.nbytes, 1)
+    share = min(4 * values / max(graph.nbytes, 1), 1)
     return (
-        f"no exact rewrite applies. {len(sites)} linear weights hold about {min(share, 1):.0%} of the bytes: with samples of "
+        f"no exact rewrite applies. {len(sites)} linear weights hold about {share:.0%} of the bytes: with samples of "
         "real inputs, `--keep 0.8 --calib samples.npz` would take a fifth of them away and measure what that costs"
     )
 

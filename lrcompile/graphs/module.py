@@ -157,7 +157,7 @@ class ModuleGraph:
             return
         done: list[Change] = []
         for reader in self._found[name].readers:
-            weight = reader.module._parameters["weight"]
+            weight = reader.weight
             factors = self._pool.factors(replacement.operator, device=weight.device, trainable=weight.requires_grad)
             bias = shifted(reader.bias, replacement.shift, weight)
             done += install(self._root, reader.module, reader.structured(factors, bias))

@@ -67,7 +67,8 @@ def _listen(stack: ExitStack, collector: Collector, key: str, readers: Sequence[
 
         def hook(module: nn.Module, args: Any, kwargs: Any, reader: Reader = reader) -> None:
             value, axis = read(reader, argument(args, kwargs))
-            collector.add(key, token_rows(value, batch.mask, channel_axis=axis), batch.once(key))
+            with torch.inference_mode(False), torch.no_grad():  # moments outlive this run and are written to
+                collector.add(key, token_rows(value, batch.mask, channel_axis=axis), batch.once(key))
 
         stack.callback(reader.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 

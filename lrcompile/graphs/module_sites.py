@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lrcompile.errors import InvalidInputError, UnsupportedError
 from lrcompile.graphs.structured import Factors, Structured, StructuredConv, StructuredLinear, place
@@ -33,6 +34,13 @@ class Reader:
     @property
     def bias(self) -> nn.Parameter | None:
         return self.module._parameters.get("bias")
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The stored weight; only layers that are not parametrised have one."""
+        weight = self.module._parameters["weight"]
+        assert weight is not None
+        return weight
 
     def structured(self, factors: Factors, bias: Tensor | None) -> Structured:
         """The module that takes this one's place."""
@@ -109,7 +117,7 @@ def find(root: nn.Module) -> list[Found]:
 def kind_of(module: nn.Module) -> str:
     """What a module is as a linear map; empty where it is none."""
     weight = getattr(module, "weight", None) if isinstance(module, (nn.Linear, *CONVS)) or _is_conv1d(module) else None
-    if not isinstance(weight, Tensor) or isinstance(weight, nn.parameter.UninitializedTensorMixin):
+    if not isinstance(weight, Tensor) or is_lazy(weight):
         return ""
     if not weight.is_floating_point():
         return ""
@@ -174,9 +182,9 @@ def _found(
 ) -> Found:
     first = readers[0]
     window = Window((1,) * len(first.strides), first.strides) if first.kind == "Conv" else None
-    uses = [Use(reader.path, first.path, None if reader.bias is None else reader.bias.detach()) for reader in readers]
+    uses = [Use(reader.path, reader.path, None if reader.bias is None else reader.bias.detach()) for reader in readers]
     rows = [(path, module) for path, module in holders if isinstance(module, nn.Embedding)]
-    uses += [Use(path, f"{path}.input", None, "rows") for path, _ in rows]
+    uses += [Use(path, path, None, "rows") for path, _ in rows]
     frozen = _frozen(readers, holders, stray, paths)
     site = LinearSite(first.path, Dense(_matrix(first)), tuple(uses), window, first.kind, frozen)
     return Found(site, tuple(readers))
@@ -198,7 +206,7 @@ def _frozen(
         if isinstance(module, nn.Embedding):
             return f"tied to embedding {path}"
         if id(module) not in reading:
-            return f"its weight is shared with {path} ({type(module).__name__})"
+            return f"its weight is shared with {path or 'the model'} ({type(module).__name__})"
     if len({(reader.kind, reader.strides) for reader in readers}) > 1:
         return "its weight is shared by layers of different kinds"
     for reader in readers:
@@ -244,7 +252,7 @@ def check_finite(model: nn.Module) -> None:
 
 
 def _finite(tensor: Tensor) -> bool:
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if is_lazy(tensor):
         return True
     with torch.no_grad():  # one pass without a mask of the tensor's size: NaN and infinity survive both ends
         if not tensor.numel():

@@ -51,7 +51,8 @@ def parameters(model: nn.Module) -> int:
 
 def raw(tensor: Tensor) -> Any:
     """The tensor's bytes in row-major order, as a buffer."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    held: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(held)
 
 
 def update(digest: Any, name: str, tensor: Tensor) -> None:

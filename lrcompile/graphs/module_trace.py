@@ -67,9 +67,9 @@ class _Watch(TorchDispatchMode):
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     """First and last element within the storage."""
-    start = tensor.storage_offset()
+    start = int(tensor.storage_offset())
     reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size)
-    return start, start + reach + 1
+    return start, start + int(reach) + 1
 
 
 def trace(model: nn.Module, founds: Sequence[Found], run: Callable[[], Any]) -> Trace:

@@ -14,7 +14,7 @@ from lrcompile.zoo.base import Batch, Run, ZooModel
 from lrcompile.zoo.digits_vit.data import digits
 
 if TYPE_CHECKING:
-    from lrcompile.zoo.digits_vit.model import DigitsViT
+    from lrcompile.zoo.digits_vit.network import DigitsViT
 
 FOLDER = Path(__file__).parent
 WEIGHTS, ONNX, DOCUMENTATION = FOLDER / "model.safetensors", FOLDER / "model.onnx", FOLDER / "README.md"
@@ -28,7 +28,7 @@ def module() -> DigitsViT:
     """The trained network in eval mode, float32, on the CPU."""
     from safetensors.torch import load_file
 
-    from lrcompile.zoo.digits_vit.model import DigitsViT
+    from lrcompile.zoo.digits_vit.network import DigitsViT
 
     network = DigitsViT()
     network.load_state_dict(load_file(WEIGHTS), strict=True)
@@ -50,7 +50,7 @@ def evaluation() -> list[Batch]:
 
 
 def metric(run: Run) -> dict[str, float]:
-    """``accuracy`` and ``cross_entropy`` (nats) of a run on the test digits, which nothing was chosen by."""
+    """``accuracy`` and ``cross_entropy`` (nats) of a run on the test digits (README: how often counted)."""
     images, labels = digits("test")
     logits = np.concatenate([run(batch)[OUTPUT] for batch in _batches(images)]).astype(np.float64)
     shifted = logits - logits.max(1, keepdims=True)

@@ -20,7 +20,7 @@ def digits(part: Part) -> tuple[np.ndarray, np.ndarray]:
     """Shipped images (n, 1, 8, 8) float32 in [0, 1] and labels (n,) int64 of one part.
 
     ``calibration`` is 256 images of the training part, ``evaluation`` the whole validation part, ``test`` the whole
-    test part, which took no part in any choice.
+    test part, kept for the accuracy alone (the README says how often it was counted).
     """
     if part not in get_args(Part):
         raise ValueError(f"unknown part '{part}', known: {', '.join(get_args(Part))}")

@@ -1,8 +1,8 @@
 """Train the digits ViT and write its files: ``python -m lrcompile.zoo.digits_vit.train``.
 
 A fixed recipe: nothing is chosen while it runs, and the last moving average of the weights is what is shipped.
-The recipe and the sizes were chosen by the validation part; the test part is only counted at the end.
-Takes about two minutes on one or two cores; same seed, same versions and same number of threads give the same weights.
+The recipe was chosen by images of the training and validation parts; the test part is only counted at the end.
+Takes about two and a half minutes of one core. The same seed, versions and number of threads give the same weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrcompile.zoo.digits_vit import data
-from lrcompile.zoo.digits_vit.model import Config, DigitsViT
+from lrcompile.zoo.digits_vit.network import Config, DigitsViT
 from lrcompile.zoo.export import export_onnx
 
 FOLDER = Path(__file__).parent
@@ -31,16 +31,16 @@ class Recipe:
     """Hyper-parameters. Shifts are in pixels, rotation in degrees, zoom is relative; all are drawn uniformly."""
 
     seed: int = 0
-    epochs: int = 150
+    epochs: int = 200
     batch: int = 32
     rate: float = 1.5e-3
     warmup: float = 0.1
     decay: float = 0.1
     smoothing: float = 0.02
     average: float = 0.998
-    shift: float = 0.7
-    rotation: float = 8.0
-    zoom: float = 0.08
+    shift: float = 1.0
+    rotation: float = 10.0
+    zoom: float = 0.12
 
 
 def augmented(images: Tensor, recipe: Recipe) -> Tensor:

@@ -117,13 +117,23 @@ def test_a_fresh_export_equals_the_shipped_graph(model: zoo.ZooModel, tmp_path: 
     assert [t.raw_data for t in fresh.initializer] == [t.raw_data for t in shipped.initializer]
 
 
-def test_training_is_deterministic_and_learns():
+@pytest.fixture
+def one_thread():
+    """Matrices this small only wait for each other on more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_training_is_deterministic_and_learns(one_thread: None):
     from lrcompile.zoo.digits_vit import train
+    from lrcompile.zoo.digits_vit.network import Config
 
     images, labels = data.digits("calibration")
     pair = torch.from_numpy(images[:64]), torch.from_numpy(labels[:64])
-    recipe = train.Recipe(epochs=10, batch=16, average=0.8)
-    first, again = (train.train(*pair, recipe) for _ in range(2))
+    recipe, config = train.Recipe(epochs=120, batch=32, rate=1e-2, average=0.8), Config(width=16, depth=1, mlp=32)
+    first, again = (train.train(*pair, recipe, config) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
-    untrained = train.train(*pair, train.Recipe(epochs=1, batch=64, rate=0.0))
+    untrained = train.train(*pair, train.Recipe(epochs=1, rate=0.0), config)
     assert train.accuracy(first, *pair)[1] < 0.7 * train.accuracy(untrained, *pair)[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lrcompile.graphs.onnx.tensors import to_torch
-from lrcompile.linop import BlockSparse, Dense, LinearOperator, Quantized, SemiSparse, transpose
+from lrcompile.linop import BlockSparse, Dense, LinearOperator, Quantized, Select, SemiSparse, transpose
 
 FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
@@ -25,20 +25,29 @@ def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     return ir.convenience.get_const_tensor(value)
 
 
-def scalar(value: ir.Value | None) -> float | None:
-    """The single number of a constant value."""
-    tensor = constant(value)
-    if tensor is None or tensor.size != 1 or tensor.dtype not in FLOATS:
-        return None
-    return float(to_torch(tensor).reshape(()))
-
-
 def integers(value: ir.Value | None) -> Tensor | None:
-    """A constant 1-D integer tensor."""
+    """A constant integer tensor in the type that it is stored in; a Cast between integers is looked through."""
+    node = value.producer() if value is not None else None
+    if node is not None and (node.domain, node.op_type) == ("", "Cast"):
+        value = node.inputs[0]
     tensor = constant(value)
-    if tensor is None or len(tensor.shape) != 1 or not tensor.dtype.is_integer():
-        return None
-    return to_torch(tensor).long()
+    return None if tensor is None or not tensor.dtype.is_integer() else to_torch(tensor)
+
+
+def origin(value: ir.Value) -> tuple[ir.Value, bool]:
+    """What stands behind Identity and matrix Transpose nodes, and whether it is turned on the way."""
+    turned = False
+    for _ in range(64):
+        node = value.producer()
+        if node is None or node.domain or node.op_type not in ("Identity", "Transpose") or node.inputs[0] is None:
+            break
+        if node.op_type == "Transpose":
+            permutation = node.attributes.get("perm")
+            if permutation is not None and list(permutation.as_ints()) != [1, 0]:
+                break
+            turned = not turned
+        value = node.inputs[0]
+    return value, turned
 
 
 @dataclass(eq=False)
@@ -56,11 +65,12 @@ class Constants:
 
     def operator(self, value: ir.Value, *, transposed: bool) -> LinearOperator | None:
         """The matrix that ``value`` holds (or its transpose) as an operator, or None."""
-        key = (id(value), transposed)
+        value, turned = origin(value)
+        key = (id(value), transposed != turned)
         if key not in self._operators:
             self._alive.append(value)
             stored = self._stored(value)
-            self._operators[key] = stored if stored is None or not transposed else self._transpose(stored)
+            self._operators[key] = stored if stored is None or transposed == turned else self._transpose(stored)
         return self._operators[key]
 
     def vector(self, value: ir.Value, size: int) -> Tensor | None:
@@ -117,63 +127,57 @@ def _fingerprint(tensor: Tensor) -> tuple:
     return (tuple(sorted(tensor.shape)), str(tensor.dtype), *map(repr, diagonal))
 
 
-def _transpose_rule(constants: Constants, node: ir.Node) -> LinearOperator | None:
-    permutation = node.attributes.get("perm")
-    if permutation is not None and list(permutation.as_ints()) != [1, 0]:
-        return None
-    source = node.inputs[0]
-    return constants.operator(source, transposed=True) if source is not None else None
-
-
-def _identity_rule(constants: Constants, node: ir.Node) -> LinearOperator | None:
-    source = node.inputs[0]
-    return constants.operator(source, transposed=False) if source is not None else None
-
-
-def _tensors(node: ir.Node) -> Iterator[Tensor | None]:
-    for value in node.inputs:
-        tensor = constant(value)
-        yield None if tensor is None else to_torch(tensor)
-
-
 def _dequantize_rule(constants: Constants, node: ir.Node) -> LinearOperator | None:
     """Codes (out, in) with a scale per row, or per row and block of columns."""
-    codes, scale, zero = (*_tensors(node), None)[:3]
-    if codes is None or scale is None or codes.ndim != 2 or (len(node.inputs) > 2 and zero is None):
+    values = [constant(value) for value in node.inputs]
+    if len(values) < 2 or any(tensor is None for tensor in values):
+        return None
+    codes, scale, zero = (*(to_torch(tensor) for tensor in values if tensor is not None), None)[:3]
+    if codes.ndim != 2 or codes.dtype not in (torch.int8, torch.uint8):
         return None
     axis = node.attributes.get_int("axis", 1) % 2
     block = node.attributes.get_int("block_size", 0)
-    columns = codes.shape[1]
+    bits = 4 if values[0].dtype in (ir.DataType.INT4, ir.DataType.UINT4) else 8
     if block and axis == 1 and scale.ndim == 2:
-        return Quantized(codes, scale, zero, block)
+        return Quantized(codes, scale, zero, block, bits)
     if not block and axis == 0 and scale.ndim == 1:
-        return Quantized(codes, scale[:, None], None if zero is None else zero[:, None], columns)
+        return Quantized(codes, scale[:, None], None if zero is None else zero[:, None], codes.shape[1], bits)
     return None
 
 
-def _is_zeros(value: ir.Value | None) -> bool:
-    tensor = constant(value)
-    if tensor is not None:
-        return not to_torch(tensor).any()
+def _filled(value: ir.Value | None) -> tuple[tuple[int, ...], float] | None:
+    """Shape and number of a tensor that holds one number everywhere."""
     node = value.producer() if value is not None else None
-    if node is None or node.op_type != "ConstantOfShape":
-        return False
-    fill = node.attributes.get("value")
-    return fill is None or not to_torch(fill.as_tensor()).any()
+    if node is not None and (node.domain, node.op_type) == ("", "ConstantOfShape"):
+        shape, fill = integers(node.inputs[0]), node.attributes.get("value")
+        if shape is None:
+            return None
+        return tuple(shape.tolist()), 0.0 if fill is None else float(to_torch(fill.as_tensor()).reshape(()))
+    tensor = constant(value)
+    if tensor is None or tensor.dtype not in FLOATS or tensor.size == 0:
+        return None
+    first = to_torch(tensor).reshape(-1)
+    return (tuple(tensor.shape.numpy()), float(first[0])) if bool((first == first[0]).all()) else None
+
+
+def _within(index: Tensor, size: int) -> bool:
+    return index.numel() == 0 or (int(index.min()) >= 0 and int(index.max()) < size)
 
 
 def _scatter_elements_rule(constants: Constants, node: ir.Node) -> LinearOperator | None:
-    """A fixed number of entries in each row, scattered into zeros."""
-    data, indices, updates = node.inputs[:3]
-    if node.attributes.get_int("axis", 0) not in (1, -1) or not _is_zeros(data):
+    """A fixed number of entries in each row, scattered into zeros; a single one in each row picks."""
+    zeros, index, ones = _filled(node.inputs[0]), integers(node.inputs[1]), _filled(node.inputs[2])
+    if zeros is None or zeros[1] != 0 or len(zeros[0]) != 2 or node.attributes.get_int("axis", 0) not in (1, -1):
         return None
-    _, index, values = (*_tensors(node),)[:3]
-    shape = data.shape if data is not None else None
-    if index is None or values is None or shape is None or not isinstance(shape[1], int):
+    (rows, columns), _ = zeros
+    if index is None or index.ndim != 2 or index.shape[0] != rows or not _within(index, columns):
         return None
-    if values.shape[0] != shape[0] or values.ndim != 2:
+    stored = constant(node.inputs[2])
+    if stored is None and ones is not None and ones == ((rows, 1), 1.0):
+        return Select(index[:, 0], columns)
+    if stored is None or stored.dtype not in FLOATS or tuple(stored.shape) != tuple(index.shape):
         return None
-    return SemiSparse(values, index.long(), shape[1])
+    return SemiSparse(to_torch(stored), index, columns)
 
 
 def _blocks_rule(constants: Constants, node: ir.Node) -> LinearOperator | None:
@@ -182,19 +186,21 @@ def _blocks_rule(constants: Constants, node: ir.Node) -> LinearOperator | None:
     if swap is None or swap.op_type != "Transpose" or list(swap.attributes["perm"].as_ints()) != [0, 2, 1, 3]:
         return None
     scatter = swap.inputs[0].producer() if swap.inputs[0] is not None else None
-    if scatter is None or scatter.op_type != "ScatterND" or not _is_zeros(scatter.inputs[0]):
+    if scatter is None or scatter.op_type != "ScatterND":
         return None
-    _, places, blocks = (*_tensors(scatter),)[:3]
-    shape = scatter.inputs[0].shape if scatter.inputs[0] is not None else None
-    if places is None or blocks is None or shape is None:
+    zeros, places, stored = _filled(scatter.inputs[0]), integers(scatter.inputs[1]), constant(scatter.inputs[2])
+    if zeros is None or zeros[1] != 0 or len(zeros[0]) != 4 or places is None or stored is None:
         return None
-    grid = shape.numpy()[:2]
-    return BlockSparse(blocks, places[:, 0].contiguous(), places[:, 1].contiguous(), (grid[0], grid[1]))
+    down, across, height, width = zeros[0]
+    if tuple(stored.shape) != (len(places), height, width) or tuple(places.shape) != (len(places), 2):
+        return None
+    rows, columns = places[:, 0].contiguous(), places[:, 1].contiguous()
+    if not (_within(rows, down) and _within(columns, across)):
+        return None
+    return BlockSparse(to_torch(stored), rows, columns, (down, across))
 
 
 _RULES: dict[tuple[str, str], Callable[[Constants, ir.Node], LinearOperator | None]] = {
-    ("", "Transpose"): _transpose_rule,
-    ("", "Identity"): _identity_rule,
     ("", "DequantizeLinear"): _dequantize_rule,
     ("", "ScatterElements"): _scatter_elements_rule,
     ("", "Reshape"): _blocks_rule,

@@ -25,7 +25,7 @@ def macs(model: ir.Model, sample: Mapping[str, np.ndarray]) -> int:
     shapes = _shapes(model, {name: array.shape for name, array in sample.items()})
     total = 0
     for node in model.graph:
-        rule = _RULES.get(node.op_type)
+        rule = None if node.domain else _RULES.get(node.op_type)
         operands = [shapes.get(value.name or "") if value is not None else None for value in node.inputs]
         output = shapes.get(node.outputs[0].name or "")
         if rule is not None and output is not None:

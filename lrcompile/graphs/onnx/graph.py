@@ -22,15 +22,16 @@ from lrcompile.data import InputSpec
 from lrcompile.errors import GateError, UnsupportedError, UsageError
 from lrcompile.graphs.base import Inputs, Journal, Outputs, Replacement
 from lrcompile.graphs.onnx import counting, load
-from lrcompile.graphs.onnx.constants import constant
+from lrcompile.graphs.onnx.constants import constant, origin
 from lrcompile.graphs.onnx.hygiene import cleaned
 from lrcompile.graphs.onnx.naming import site_name, unique
 from lrcompile.graphs.onnx.observe import observe, probe
 from lrcompile.graphs.onnx.raising import Match, Raiser, describe
 from lrcompile.graphs.onnx.session import Session
 from lrcompile.graphs.onnx.tensors import to_torch
-from lrcompile.linop import LinearOperator, structure, tensors
+from lrcompile.linop import Dense, LinearOperator, structure, tensors
 from lrcompile.sites import LinearSite, Use
+
 if TYPE_CHECKING:
     import onnx
 
@@ -92,8 +93,10 @@ class OnnxGraph:
             index[key].append(match)
         sites: dict[str, tuple[LinearSite, tuple[Match, ...]]] = {}
         for matches in groups:
-            name = unique(site_name(matches[0].weight, matches[0].nodes[0]), taken)
-            sites[name] = (_site(name, matches), tuple(matches))
+            first = matches[0]
+            compound = not isinstance(first.operator, Dense)
+            name = unique(site_name(first.weight, first.nodes[0], compound=compound), taken)
+            sites[name] = (_site(name, matches, self.opset or 0), tuple(matches))
         return sites
 
     def linear_sites(self) -> Sequence[LinearSite]:
@@ -127,6 +130,8 @@ class OnnxGraph:
             raise UsageError(f"cannot be replaced: {original.frozen}", where=site.name)
         if by.shape != original.shape:
             raise UsageError(f"shape {by.shape} cannot replace {original.shape}", where=site.name)
+        if shift is not None and tuple(shift.shape) != by.shape[:1]:
+            raise UsageError(f"a shift of {tuple(shift.shape)} does not fit {by.shape[0]} outputs", where=site.name)
         self.journal.entries.append((site.name, self.replacements.get(site.name)))
         self.replacements[site.name] = Replacement(by, shift)
 
@@ -229,6 +234,11 @@ class OnnxGraph:
         return [self.path, *sorted(data)]
 
     @property
+    def is_external(self) -> bool:
+        """Whether any tensor of the loaded model lies in a data file."""
+        return any(isinstance(tensor, ir.ExternalTensor) for tensor in self._tensors())
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all stored tensors."""
         return sum(tensor.nbytes for tensor in self._tensors())
@@ -265,13 +275,18 @@ class OnnxGraph:
 
     def fingerprint(self) -> str:
         """SHA-256 over the structure and every stored tensor."""
-        digest = hashlib.sha256()
-        for node in self.model.graph.all_nodes():
-            digest.update(repr((node.domain, node.op_type, [v.name if v else "" for v in node.inputs])).encode())
-            digest.update(repr([(name, str(attr)[:200]) for name, attr in node.attributes.items()]).encode())
+        digest = hashlib.sha256(repr(sorted(self.model.opset_imports.items())).encode())
+        bodies = [*self.model.graphs(), *self.model.functions.values()]
+        for body in bodies:
+            digest.update(repr([[value.name for value in ends] for ends in (body.inputs, body.outputs)]).encode())
+            for node in body:
+                digest.update(repr(_description(node)).encode())
         for tensor in self._tensors():
             digest.update(repr((tensor.name, str(tensor.dtype), tuple(tensor.shape))).encode())
-            digest.update(memoryview(to_torch(tensor).contiguous().flatten().view(torch.uint8).numpy()))
+            if tensor.dtype == ir.DataType.STRING:
+                digest.update(repr(tensor.numpy().tolist()).encode())
+            else:
+                digest.update(memoryview(to_torch(tensor).contiguous().flatten().view(torch.uint8).numpy()))
         return digest.hexdigest()
 
     def verify(self) -> None:
@@ -291,47 +306,72 @@ def _shape(value: ir.Value) -> tuple[int | str | None, ...]:
     return tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape or ())
 
 
+def _description(node: ir.Node) -> tuple:
+    """A node without its tensors and bodies, which are described apart."""
+    apart = (ir.AttributeType.TENSOR, ir.AttributeType.TENSORS, ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    attributes = [(name, "" if attr.type in apart else str(attr)) for name, attr in node.attributes.items()]
+    names = [[value.name if value is not None else "" for value in ends] for ends in (node.inputs, node.outputs)]
+    return node.domain, node.op_type, names, attributes
+
+
 def _group_key(match: Match) -> tuple:
     """Equal for matches with the same leaves in the same structure."""
-    identities = tuple(tensor.data_ptr() for _, tensor in tensors(match.operator))
-    return (structure(match.operator), identities, match.kind == "Conv")
+    places = tuple((tensor.data_ptr(), tensor.stride()) for _, tensor in tensors(match.operator))
+    return (structure(match.operator), places, match.kind == "Conv")
 
 
-def _site(name: str, matches: list[Match]) -> LinearSite:
+def _site(name: str, matches: list[Match], opset: int) -> LinearSite:
     first = matches[0]
     uses = tuple(
         Use(match.nodes[-1].name or str(match.root.name), str(match.source.name), _bias(match)) for match in matches
     )
     kind = describe(first)
-    return LinearSite(name, first.operator, uses, first.window, kind, _frozen(matches))
+    return LinearSite(name, first.operator, uses, first.window, kind, _frozen(matches, opset))
 
 
 def _bias(match: Match) -> Tensor | None:
-    tensor = constant(match.bias)
-    return None if tensor is None else to_torch(tensor).reshape(-1)
+    """The constant vector (out,) that a match adds, where it adds one."""
+    tensor, size = constant(match.bias), match.operator.shape[0]
+    if tensor is None or (tensor.size != 1 and (tensor.size != size or tensor.shape[-1] != size)):
+        return None
+    values = to_torch(tensor).reshape(-1).expand(size)
+    return values if match.beta == 1.0 else values * match.beta
 
 
-def _frozen(matches: list[Match]) -> str:
-    """Why the site must stay: somebody else reads a stored tensor of it."""
+OLDEST = 7
+"""The operator set from which on Add and Mul broadcast as they do today."""
+
+
+def _frozen(matches: list[Match], opset: int) -> str:
+    """Why the site must stay: somebody else reads a stored matrix of it, or new nodes cannot be written."""
+    if opset < OLDEST:
+        return f"operators of opset {opset} cannot be written, those of {OLDEST} and later can"
     nodes = {id(node) for match in matches for node in match.nodes}
     for match in matches:
         for node in match.nodes:
-            for value in node.inputs:
-                outsider = _outside_reader(value, nodes)
+            for value in node.inputs[:2]:
+                stored = None if value is None else origin(value)[0]
+                tensor = constant(stored)
+                outsider = "" if tensor is None or len(tensor.shape) < 2 else _outside_reader(stored, nodes)
                 if outsider:
                     return outsider
     return ""
 
 
-def _outside_reader(value: ir.Value | None, nodes: set[int]) -> str:
-    if value is None or constant(value) is None or len(constant(value).shape) != 2:
-        return ""
-    for user, index in value.uses():
-        if id(user) in nodes or user.op_type in ("Transpose", "Identity"):
-            continue
-        if user.op_type == "Gather" and index == 0:
-            return f"its weight is also read row by row, as an embedding, by {user.name or user.op_type}"
-        return f"its weight is also read by {user.name or user.op_type}"
+def _outside_reader(stored: ir.Value | None, nodes: set[int]) -> str:
+    """Who else reads a stored matrix, directly or turned."""
+    waiting = [] if stored is None else [stored]
+    while waiting:
+        value = waiting.pop()
+        if value.is_graph_output():
+            return "its weight is an output of the model"
+        for user, index in value.uses():
+            if id(user) in nodes:
+                continue
+            if user.op_type in ("Transpose", "Identity") and not user.domain:
+                waiting.extend(user.outputs)
+            elif user.op_type == "Gather" and index == 0:
+                return f"its weight is also read row by row, as an embedding, by {user.name or user.op_type}"
+            else:
+                return f"its weight is also read by {user.name or user.op_type}"
     return ""
-
-

@@ -72,11 +72,33 @@ def from_proto(
     for _, tensor in tensors(model):
         if isinstance(tensor, ir.ExternalTensor):
             tensor.base_dir = str(folder)
+    _take_over(model)
     if not in_order:
         model.graph.sort()
         for function in model.functions.values():
             function.sort()
     return model
+
+
+def _take_over(model: ir.Model) -> None:
+    """Gives every tensor an array of its own.
+
+    A tensor of a message copies its bytes whenever they are read, and keeps the whole message alive.
+    """
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.TensorProtoTensor):
+                value.const_value = _own(value.const_value)
+        for node in graph:
+            for name, attribute in list(node.attributes.items()):
+                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.TensorProtoTensor):
+                    node.attributes[name] = ir.AttrTensor(name, _own(attribute.value))
+
+
+def _own(tensor: ir.TensorProtoTensor) -> ir.TensorProtocol:
+    return ir.Tensor(
+        tensor.numpy(), dtype=tensor.dtype, shape=tensor.shape, name=tensor.name, doc_string=tensor.doc_string
+    )
 
 
 def tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:

@@ -7,23 +7,30 @@ import re
 
 import onnx_ir as ir
 
-_GENERATED = re.compile(r"^(onnx::|val_|_?t?_?\d+$|[A-Za-z]+_\d+$|const)")
+_GENERATED = re.compile(r"^(onnx::|val_|_?t?_?\d+$|[A-Za-z]+_\d+$|const)|(^|/)[A-Z][A-Za-z]*(_\d+)?_output_\d+$")
+_PART = re.compile(r"(\.(left|right|term\d+|part\d+))+(_\d+)?$")  # what lowering adds to the name of a site
 _OPERATORS = ("MatMul", "Gemm", "Conv", "linear", "matmul", "addmm", "conv2d", "conv1d", "mm")
 
 
-def site_name(weight: ir.Value | None, node: ir.Node) -> str:
+def site_name(weight: ir.Value | None, node: ir.Node, *, compound: bool = False) -> str:
     """The best name for the linear map that ``node`` computes with ``weight``.
+
+    Args:
+        compound: several weights make the map up, so that the name of one is cut to what they share.
 
     In this order: the initializer's own name unless a tool made it up, the module scope in the
     metadata of torch's exporter, the scoped node name of the older exporter, the node's name.
     """
-    candidates = (_from_weight(weight), _from_scopes(node), _from_node_name(node.name or ""))
+    own = _from_weight(weight)
+    candidates = (_PART.sub("", own) if compound else own, _from_scopes(node), _from_node_name(node.name or ""))
     return next((name for name in candidates if name), node.name or (weight.name if weight else "") or "linear")
 
 
 def _from_weight(weight: ir.Value | None) -> str:
-    name = (weight.name or "") if weight is not None else ""
-    if not name or _GENERATED.match(name):
+    if weight is None or (weight.producer() is not None and weight.producer().op_type != "Constant"):
+        return ""
+    name = weight.name or ""
+    if not name or _GENERATED.search(name):
         return ""
     return name.removesuffix(".weight")
 
@@ -48,11 +55,11 @@ def _from_node_name(name: str) -> str:
     return ".".join(parts)
 
 
-def unique(name: str, taken: set[str]) -> str:
+def unique(name: str, taken: set[str], mark: str = "#") -> str:
     """``name``, or ``name#2`` and so on where it is taken; adds the result to ``taken``."""
     result, count = name, 1
     while result in taken:
         count += 1
-        result = f"{name}#{count}"
+        result = f"{name}{mark}{count}"
     taken.add(result)
     return result

@@ -6,7 +6,9 @@ once per batch and fed to the rest. It needs no gradients, so every graph that r
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from lrcompile.calibrate import Collector, Moments, groups, token_mask, token_rows
+from lrcompile.calibrate import MASK_NAMES, Collector, Moments, groups, token_mask, token_rows
 from lrcompile.graphs.base import Inputs, Replacement
 from lrcompile.graphs.onnx.constants import constant
 from lrcompile.graphs.onnx.raising import Match
@@ -24,12 +26,21 @@ from lrcompile.graphs.onnx.tensors import from_torch
 from lrcompile.linop import LinearOperator, apply, densify
 from lrcompile.sites import LinearSite
 
+OBSERVED = 64 * 2**20
+"""Bytes of values that one run may return; batches are cut to what fits."""
+
 Pairs = Mapping[str, tuple[LinearSite, tuple[Match, ...]]]
 
 
 def tensors_of(inputs: Inputs) -> dict[str, Tensor]:
     """Inputs as tensors, by reference where numpy's type has a torch twin."""
     return {name: torch.from_numpy(np.asarray(array)) for name, array in inputs.items() if array.dtype.kind in "fiub"}
+
+
+def release() -> None:
+    """Hands freed memory back to the system; the C library would keep what is below its threshold."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def observe(
@@ -47,9 +58,12 @@ def observe(
     for group in groups(sizes, memory):
         collector = Collector()
         session = _session_with(model, [match.source for key in group for match in readers[key]])
-        for batch in batches:
-            _collect(collector, session, batch, {key: readers[key] for key in group})
+        own = {key: readers[key] for key in group}
+        cutter = _Cutter(model)
+        for piece in cutter.pieces(batches):
+            cutter.learn(piece, _collect(collector, session, piece, own))
         found.update(collector.moments)
+        release()
     return found
 
 
@@ -79,14 +93,20 @@ def _prune(graph: ir.Graph) -> None:
 
 def _collect(
     collector: Collector, session: Session, batch: Inputs, readers: Mapping[str, tuple[Match, ...]]
-) -> None:
+) -> int:
+    """Adds a batch; returns the bytes of what was observed."""
     values = {**batch, **session.run(batch)}
-    samples = len(next(iter(batch.values()))) if batch else 0
+    samples = _samples(batch)
     mask = token_mask(tensors_of(batch))
     for key, matches in readers.items():
         for match in matches:
             rows = site_rows(torch.from_numpy(values[str(match.source.name)]), match, mask)
             collector.add(key, rows, samples)
+    return sum(array.nbytes for array in values.values())
+
+
+def _samples(batch: Inputs) -> int:
+    return max((len(array) for array in batch.values() if array.ndim), default=1)
 
 
 def site_rows(value: Tensor, match: Match, mask: Tensor | None) -> Tensor:
@@ -128,8 +148,10 @@ def probe(
     prefix = _session_with(model, [value for value in _values(model.graph) if value.name in wanted])
     change = {name: dict.fromkeys(outputs, 0.0) for name in pairs}
     norm = dict.fromkeys(outputs, 0.0)
-    for batch in batches:
+    cutter = _Cutter(model)
+    for batch in cutter.pieces(batches):
         dense = {**batch, **prefix.run(batch)}
+        cutter.learn(batch, sum(array.nbytes for array in dense.values()))
         mask = token_mask(tensors_of(batch))
         floats = [name for name in outputs if dense[name].dtype.kind == "f"]
         for name in floats:
@@ -139,10 +161,47 @@ def probe(
             for name in floats:
                 if name in changed:
                     change[site][name] += _energy(changed[name] - dense[name], mask)
+    suffixes.clear()
+    release()
     return {
         site: sum(value / norm[name] for name, value in per_output.items() if norm[name] > 0)
         for site, per_output in change.items()
     }
+
+
+class _Cutter:
+    """Cuts batches so that what a run returns fits :data:`OBSERVED`, where the model leaves the choice."""
+
+    def __init__(self, model: ir.Model) -> None:
+        shapes = [value.shape for value in model.graph.inputs if value.shape is not None and len(value.shape)]
+        self.fixed = any(isinstance(shape[0], int) for shape in shapes)
+        self.lengths = any(len(shape) > 1 and isinstance(shape[1], int) for shape in shapes)
+        self.size = 1
+
+    def pieces(self, batches: Iterable[Inputs]) -> Iterable[Inputs]:
+        """Pieces of at most :attr:`size` samples, which may change on the way."""
+        for batch in batches:
+            samples = {len(array) for array in batch.values() if array.ndim}
+            if self.fixed or len(samples) != 1:
+                yield batch
+                continue
+            start, total = 0, samples.pop()
+            while start < total:
+                stop = start + self.size
+                yield self._trimmed({name: array[start:stop] for name, array in batch.items()})
+                start = stop
+
+    def _trimmed(self, piece: Inputs) -> Inputs:
+        """The piece without trailing columns that are padding in every sample, where lengths are free."""
+        mask = next((piece[name] for name in MASK_NAMES if name in piece and piece[name].ndim == 2), None)
+        if mask is None or self.lengths or not mask.any():
+            return piece
+        length = int(np.flatnonzero(mask.any(axis=0))[-1]) + 1
+        return {k: a[:, :length] if a.shape[:2] == mask.shape else a for k, a in piece.items()}
+
+    def learn(self, piece: Inputs, nbytes: int) -> None:
+        """Sets the size of the next pieces by what this one gave."""
+        self.size = max(1, OBSERVED * _samples(piece) // max(nbytes, 1))
 
 
 def _values(graph: ir.Graph) -> Iterable[ir.Value]:

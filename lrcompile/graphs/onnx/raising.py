@@ -7,15 +7,17 @@ that is an output of the graph, ends an expression.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 import torch
 
-from lrcompile.graphs.onnx.constants import Constants, constant, integers, scalar
+from lrcompile.errors import InvalidInputError
+from lrcompile.graphs.onnx.constants import FLOATS, Constants, constant, integers, origin
 from lrcompile.graphs.onnx.tensors import to_torch
 from lrcompile.linop import (
+    BlockSparse,
     Dense,
     Diagonal,
     LinearOperator,
@@ -28,6 +30,7 @@ from lrcompile.linop import (
     Sum,
     as_scale,
     leaves,
+    tensors,
 )
 from lrcompile.sites import Window
 
@@ -87,10 +90,17 @@ class Raiser:
     def match(self, value: ir.Value) -> Match | None:
         """The linear map that ends in ``value``, or None."""
         if id(value) not in self._matches:
-            node = value.producer()
-            rule = _RULES.get((node.domain, node.op_type)) if node is not None else None
-            self._matches[id(value)] = rule(self, node) if rule is not None and node is not None else None
+            self._matches[id(value)] = self._matched(value.producer())
         return self._matches[id(value)]
+
+    def _matched(self, node: ir.Node | None) -> Match | None:
+        rule, arity = _RULES.get((node.domain, node.op_type), (None, 0)) if node is not None else (None, 0)
+        if node is None or rule is None or len(node.inputs) < arity:
+            return None
+        try:
+            return rule(self, node)
+        except (InvalidInputError, TypeError, ValueError):  # attributes or shapes that the operator does not allow
+            return None
 
     def inner(self, value: ir.Value | None) -> Match | None:
         """The linear map before ``value``, where nobody else reads the value."""
@@ -103,7 +113,7 @@ class Raiser:
 
 
 def _has_weight(operator: LinearOperator) -> bool:
-    return any(isinstance(leaf, Dense | Quantized | SemiSparse) for leaf in leaves(operator))
+    return any(isinstance(leaf, BlockSparse | Dense | Quantized | SemiSparse) for leaf in leaves(operator))
 
 
 def _with_adder(match: Match) -> Match:
@@ -111,7 +121,9 @@ def _with_adder(match: Match) -> Match:
     if match.bias is not None or not _private(match.root):
         return match
     ((node, _),) = match.root.uses()
-    if node.op_type != "Add" or node.domain not in ("", "ai.onnx") or match.axis == 1:
+    if (node.domain, node.op_type) != ("", "Add") or len(node.inputs) != 2 or match.axis == 1:
+        return match
+    if node.graph is not match.nodes[-1].graph:  # inside the body of an If or Loop
         return match
     other = node.inputs[1] if node.inputs[0] is match.root else node.inputs[0]
     tensor = constant(other)
@@ -138,22 +150,13 @@ def _chain(raiser: Raiser, source: ir.Value, match: Match) -> Match:
 
 
 def _matmul(raiser: Raiser, node: ir.Node) -> Match | None:
-    source, weight = node.inputs
+    source, weight = node.inputs[:2]
     if source is None or weight is None or constant(source) is not None:
         return None
     operator = raiser.constants.operator(weight, transposed=True)
     if operator is None:
         return None
-    return _chain(raiser, source, Match(source, node.outputs[0], operator, (node,), _origin(weight)))
-
-
-def _origin(weight: ir.Value) -> ir.Value:
-    """The stored value behind Transpose and Identity nodes, which has the better name."""
-    node = weight.producer()
-    while node is not None and node.op_type in ("Transpose", "Identity") and node.inputs[0] is not None:
-        weight = node.inputs[0]
-        node = weight.producer()
-    return weight
+    return _chain(raiser, source, Match(source, node.outputs[0], operator, (node,), origin(weight)[0]))
 
 
 def _gemm(raiser: Raiser, node: ir.Node) -> Match | None:
@@ -171,7 +174,7 @@ def _gemm(raiser: Raiser, node: ir.Node) -> Match | None:
     beta = attributes.get_float("beta", 1.0)
     axis = 0 if attributes.get_int("transA", 0) else -1
     root = node.outputs[0]
-    match = Match(source, root, operator, (node,), _origin(weight), "Gemm", axis, bias=bias, beta=beta)
+    match = Match(source, root, operator, (node,), origin(weight)[0], "Gemm", axis, bias=bias, beta=beta)
     return match if axis == 0 else _chain(raiser, source, match)
 
 
@@ -183,21 +186,37 @@ def _scaled(operator: LinearOperator, factor: float) -> LinearOperator:
 def _conv(raiser: Raiser, node: ir.Node) -> Match | None:
     """A convolution with a 1×1 kernel; anything wider is not a matrix on the channels."""
     source, weight = node.inputs[:2]
-    tensor = constant(weight)
-    if source is None or weight is None or tensor is None or len(tensor.shape) < 3:
+    shape, operator = _kernel(raiser, weight)
+    if source is None or weight is None or operator is None or any(size != 1 for size in shape[2:]):
         return None
-    shape = [int(size) for size in tensor.shape]
     attributes = node.attributes
     pads = attributes.get("pads")
     padded = (pads is not None and any(pads.as_ints())) or attributes.get_string("auto_pad", "NOTSET") != "NOTSET"
-    if any(size != 1 for size in shape[2:]) or attributes.get_int("group", 1) != 1 or padded:
+    if attributes.get_int("group", 1) != 1 or padded:
         return None
     strides = attributes.get("strides")
-    window = Window(tuple(shape[2:]), tuple(strides.as_ints()) if strides is not None else (1,) * len(shape[2:]))
-    operator = raiser.constants.matrix(to_torch(tensor).reshape(shape[0], shape[1]))
+    window = Window(shape[2:], tuple(strides.as_ints()) if strides is not None else (1,) * len(shape[2:]))
+    if len(window.strides) != window.rank:
+        return None
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     match = Match(source, node.outputs[0], operator, (node,), weight, "Conv", 1, window, bias=bias)
     return _chain(raiser, source, match)
+
+
+def _kernel(raiser: Raiser, weight: ir.Value | None) -> tuple[tuple[int, ...], LinearOperator | None]:
+    """Shape of a kernel, and the matrix that it is where its window is a single place."""
+    tensor = constant(weight)
+    if tensor is not None and len(tensor.shape) >= 3 and tensor.dtype in FLOATS:
+        shape = tuple(int(size) for size in tensor.shape)
+        single = all(size == 1 for size in shape[2:])
+        return shape, raiser.constants.matrix(to_torch(tensor).reshape(shape[:2])) if single else None
+    node = None if weight is None else weight.producer()
+    if node is None or (node.domain, node.op_type) != ("", "Reshape") or node.inputs[0] is None:
+        return (), None
+    wanted, operator = integers(node.inputs[1]), raiser.constants.operator(node.inputs[0], transposed=False)
+    if wanted is None or operator is None or tuple(wanted[:2].tolist()) != operator.shape or len(wanted) < 3:
+        return (), None
+    return tuple(wanted.tolist()), operator
 
 
 def _add(raiser: Raiser, node: ir.Node) -> Match | None:
@@ -224,34 +243,50 @@ def _terms(operator: LinearOperator) -> tuple[LinearOperator, ...]:
 
 def _mul(raiser: Raiser, node: ir.Node) -> Match | None:
     """A constant scale after a linear map: one number, or one per channel."""
-    for value, other in (node.inputs, node.inputs[::-1]):
-        if other is None or constant(other) is None:
+    for value, other in (node.inputs[:2], node.inputs[1::-1]):
+        tensor = constant(other)
+        if tensor is None:
             continue
         match = raiser.inner(value)
-        if match is None or match.axis != -1:
+        operator = None if match is None else _rescaled(match, to_torch(tensor))
+        if match is None or operator is None:
             return None
-        number, tensor = scalar(other), constant(other)
-        if number is not None and tensor is not None and len(tensor.shape) == 0:
-            operator: LinearOperator = Scaled(to_torch(tensor), match.operator)
-        else:
-            vector = raiser.constants.vector(other, match.operator.shape[0])
-            if vector is None:
-                return None
-            operator = Product(Diagonal(vector), match.operator)
         return replace(match, root=node.outputs[0], operator=operator, nodes=(*match.nodes, node))
     return None
+
+
+def _rescaled(match: Match, scale: torch.Tensor) -> LinearOperator | None:
+    """The map times a number (0-d), or times a vector along its channels."""
+    if scale.ndim == 0:
+        return Scaled(scale, match.operator)
+    spatial = 0 if match.window is None else match.window.rank
+    if tuple(scale.shape) == (match.operator.shape[0], *[1] * spatial):
+        return Product(Diagonal(scale.reshape(-1)), match.operator)
+    return Scaled(scale.reshape(()), match.operator) if tuple(scale.shape) == (1,) else None
 
 
 def _gather(raiser: Raiser, node: ir.Node) -> Match | None:
     """Channels picked from the output of a linear map."""
     indices = integers(node.inputs[1])
     match = raiser.inner(node.inputs[0])
-    if indices is None or match is None or node.attributes.get_int("axis", 0) != match.axis or match.axis == 0:
+    if indices is None or indices.ndim != 1 or match is None or not _along_channels(node, match):
         return None
     size = match.operator.shape[0]
-    indices = torch.where(indices < 0, indices + size, indices)
+    if indices.numel() and (int(indices.min()) < -size or int(indices.max()) >= size):
+        return None
+    if (indices < 0).any():
+        indices = torch.where(indices < 0, indices + size, indices)
     operator = Product(Select(indices, size), match.operator)
     return replace(match, root=node.outputs[0], operator=operator, nodes=(*match.nodes, node))
+
+
+def _along_channels(node: ir.Node, match: Match) -> bool:
+    """Whether the node's ``axis`` is the channel axis of what the match computes."""
+    axis = node.attributes.get_int("axis", 0)
+    if match.window is not None:
+        return axis == 1
+    rank = None if match.root.shape is None else len(match.root.shape)
+    return axis == -1 or (rank is not None and axis == rank - 1)
 
 
 def _concat(raiser: Raiser, node: ir.Node) -> Match | None:
@@ -259,34 +294,35 @@ def _concat(raiser: Raiser, node: ir.Node) -> Match | None:
     parts = [raiser.inner(value) for value in node.inputs]
     matches = [part for part in parts if part is not None]
     first = matches[0] if matches else None
-    if first is None or len(matches) != len(parts) or node.attributes.get_int("axis", 0) != first.axis:
+    if first is None or len(matches) != len(parts) or not _along_channels(node, first):
         return None
-    if first.axis == 0 or any(part.source is not first.source or not _same_window(part, first) for part in matches):
+    if any(part.source is not first.source or part.axis != first.axis for part in matches):
+        return None
+    if any(not _same_window(part, first) for part in matches):
         return None
     nodes = tuple(inner for part in matches for inner in part.nodes)
     operator = Stack(tuple(part.operator for part in matches))
     return replace(first, root=node.outputs[0], operator=operator, nodes=(*nodes, node))
 
 
-_RULES: dict[tuple[str, str], Callable[[Raiser, ir.Node], Match | None]] = {
-    ("", "MatMul"): _matmul,
-    ("", "Gemm"): _gemm,
-    ("", "Conv"): _conv,
-    ("", "Add"): _add,
-    ("", "Mul"): _mul,
-    ("", "Gather"): _gather,
-    ("", "Concat"): _concat,
+_RULES: dict[tuple[str, str], tuple[Callable[[Raiser, ir.Node], Match | None], int]] = {
+    ("", "MatMul"): (_matmul, 2),  # with the number of inputs that it needs
+    ("", "Gemm"): (_gemm, 2),
+    ("", "Conv"): (_conv, 2),
+    ("", "Add"): (_add, 2),
+    ("", "Mul"): (_mul, 2),
+    ("", "Gather"): (_gather, 2),
+    ("", "Concat"): (_concat, 1),
 }
+
+
+def path_dtype(match: Match) -> torch.dtype:
+    """The type of what flows through a match, which is the type of its weights."""
+    stored = [tensor for _, tensor in tensors(match.operator) if tensor.is_floating_point()]
+    return next((tensor.dtype for tensor in stored if tensor.ndim > 0), torch.float32)
 
 
 def describe(match: Match) -> str:
     """The operator types that a site is written with, for reports."""
     kinds = dict.fromkeys(node.op_type for node in match.nodes)
     return "+".join(kinds)
-
-
-def dense_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
-    """Nodes inside subgraphs that hold a matrix weight; they pass through unchanged."""
-    for node in graph.all_nodes():
-        if node.graph is not graph and node.op_type in ("MatMul", "Gemm"):
-            yield node

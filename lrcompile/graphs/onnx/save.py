@@ -60,6 +60,7 @@ def _write_model(model: ir.Model, stream: BinaryIO, outside: dict[str, tuple[str
     for value in bare.graph.initializers.values():
         value.const_value = None
     bare.graph.initializers.clear()
+    _embed(bare)
     message = ir.to_proto(bare)
     graph = message.graph.SerializeToString(deterministic=True)
     message.ClearField("graph")
@@ -76,6 +77,22 @@ def _write_model(model: ir.Model, stream: BinaryIO, outside: dict[str, tuple[str
                 stream.write(piece)
 
 
+def _embed(model: ir.Model) -> None:
+    """Takes external constants of nodes and bodies into the message: their data file stays behind."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = _in_memory(value.const_value)
+        for node in graph:
+            for name, attribute in list(node.attributes.items()):
+                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                    node.attributes[name] = ir.AttrTensor(name, _in_memory(attribute.value))
+
+
+def _in_memory(tensor: ir.ExternalTensor) -> ir.Tensor:
+    return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name, doc_string=tensor.doc_string)
+
+
 def _head(name: str, value: ir.Value, outside: dict[str, tuple[str, int, int]]) -> tuple[bytes, int]:
     """A tensor's message without its raw bytes, and how many of those follow."""
     tensor = value.const_value
@@ -86,6 +103,8 @@ def _head(name: str, value: ir.Value, outside: dict[str, tuple[str, int, int]]) 
     proto = onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=[int(size) for size in tensor.shape])
     if tensor.doc_string:
         proto.doc_string = tensor.doc_string
+    for key, text in sorted(tensor.metadata_props.items()):
+        proto.metadata_props.add(key=key, value=text)
     if name not in outside:
         return proto.SerializeToString(deterministic=True), tensor.nbytes
     proto.data_location = onnx.TensorProto.EXTERNAL

@@ -111,6 +111,7 @@ class Session:
         model = ir.Model(graph, ir_version=like.ir_version, functions=functions)
         chosen = options(threads)
         chosen.enable_cpu_mem_arena = False  # the arena would keep the largest intermediate of each session
+        chosen.add_session_config_entry("session.intra_op.allow_spinning", "0")  # dozens of sessions share the cores
         self.session = create(ir.to_proto(model).SerializeToString(), chosen)
 
     def run(self, feeds: Mapping[str, np.ndarray | Any], names: Sequence[str] | None = None) -> dict[str, np.ndarray]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from lrcompile.graphs.onnx.constants import constant
-from lrcompile.graphs.onnx.raising import Match
-from lrcompile.graphs.onnx.tensors import from_torch, to_torch, torch_dtype
+from lrcompile.graphs.onnx.naming import unique
+from lrcompile.graphs.onnx.raising import Match, path_dtype
+from lrcompile.graphs.onnx.tensors import from_torch, to_torch
 
 Emit = Callable[["Tape", Match, ir.Value], ir.Value]
 """Computes the match's root (bias of the last node included) from its source in the clone."""
@@ -19,34 +20,49 @@ Emit = Callable[["Tape", Match, ir.Value], ir.Value]
 
 @dataclass(eq=False)
 class Tape:
-    """New nodes for one place of a graph; they are inserted when all are recorded."""
+    """New nodes for one place of a graph; they are inserted when all are recorded.
+
+    Args:
+        taken: every name of the graph; no new value or node gets one of them.
+        metadata: of the new nodes.
+    """
 
     graph: ir.Graph
     prefix: str
-    nodes: list[ir.Node]
-    count: int = 0
+    taken: set[str]
+    metadata: dict[str, str] = field(default_factory=dict)
+    nodes: list[ir.Node] = field(default_factory=list)
 
     def op(
-        self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Iterable[ir.Attr] = (), *, name: str = ""
+        self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Iterable[ir.Attr] = (), *, outputs: int = 1
     ) -> ir.Value:
-        """Appends a standard operator with one output and returns the output."""
-        self.count += 1
-        label = f"{self.prefix}/{name or op_type}_{self.count}"
-        node = ir.Node("", op_type, inputs, list(attributes), name=label)
-        node.outputs[0].name = label
+        """Appends a standard operator and returns its first output."""
+        label = unique(f"{self.prefix}/{op_type}", self.taken, "_")
+        node = ir.Node(
+            "", op_type, inputs, list(attributes), num_outputs=outputs, name=label, metadata_props=dict(self.metadata)
+        )
+        for index, value in enumerate(node.outputs):
+            value.name = unique(f"{label}_output" if index == 0 else f"{label}_output_{index}", self.taken, "_")
         self.nodes.append(node)
         return node.outputs[0]
 
     def constant(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
         """An initializer; the name is made unique in the graph."""
-        label, count = name, 1
-        while label in self.graph.initializers:
-            count += 1
-            label = f"{name}_{count}"
+        label = unique(name, self.taken, "_")
         value = ir.Value(name=label, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype))
         value.const_value = tensor
         self.graph.register_initializer(value)
         return value
+
+
+def _names(graph: ir.Graph) -> set[str]:
+    """Every name of a value or node, those of bodies included."""
+    names: set[str] = set()
+    for each in (graph, *graph.subgraphs()):
+        names.update(str(value.name) for value in (*each.inputs, *each.initializers.values()))
+    for node in graph.all_nodes():
+        names.update((str(node.name), *(str(value.name) for value in node.outputs)))
+    return names
 
 
 class Splicer:
@@ -57,6 +73,8 @@ class Splicer:
 
     def __init__(self, original: ir.Graph, clone: ir.Graph) -> None:
         self.graph = clone
+        self.taken = _names(clone)
+        self._biases: dict[tuple, ir.Value] = {}
         self._nodes = {id(a): b for a, b in zip(original, clone, strict=True)}
         self._values: dict[int, ir.Value] = {}
         for a, b in zip(original.inputs, clone.inputs, strict=True):
@@ -77,10 +95,12 @@ class Splicer:
 
     def replace(self, match: Match, emit: Emit, prefix: str) -> None:
         """Replaces the nodes of a match by what ``emit`` records."""
-        tape = Tape(self.graph, prefix, [])
-        old = self.value(match.root)
         last = self.node(match.nodes[-1])
+        tape = Tape(self.graph, prefix, self.taken, dict(last.metadata_props))
+        old = self.value(match.root)
         new = emit(tape, match, self.value(match.source))
+        if not tape.nodes or new is not tape.nodes[-1].outputs[0]:
+            new = tape.op("Identity", [new])  # computed elsewhere already, under a name of its own
         self.graph.insert_before(last, tape.nodes)
         new.type, new.shape = old.type, old.shape
         name = old.name
@@ -97,12 +117,28 @@ class Splicer:
         """Adds a constant to the bias of the Add that follows a match."""
         if match.adder is None or match.bias is None:
             raise ValueError("the match is followed by no bias")
-        bias = to_torch(match.bias.const_value or constant(match.bias))  # type: ignore[arg-type]
         clone = self.node(match.adder)
         index = 1 if match.adder.inputs[1] is match.bias else 0
-        tape = Tape(self.graph, prefix, [])
-        total = from_torch((bias + shift.to(bias.dtype)).contiguous(), f"{prefix}.bias")
-        clone.replace_input_with(index, tape.constant(total, f"{prefix}.bias"))
+        tape = Tape(self.graph, prefix, self.taken)
+        clone.replace_input_with(index, self.bias(tape, match, shift))
+
+    def bias(self, tape: Tape, match: Match, shift: Tensor | None) -> ir.Value:
+        """A constant that holds what the match adds (Gemm's ``beta`` included) and the shift, stored once.
+
+        A shift without a bias is stored as it is; for a convolution the channels come before the window.
+        """
+        rank = 0 if match.window is None else match.window.rank
+        if match.bias is not None and shift is None and match.beta == 1.0 and not rank:
+            return self.value(match.bias)
+        beta = match.beta if match.adder is None else 1.0
+        key = (match.bias, beta, None if shift is None else id(shift), rank)
+        if key not in self._biases:
+            stored = constant(match.bias)
+            parts = [] if stored is None else [to_torch(stored).double() * beta]
+            total = sum(parts if shift is None else [*parts, shift.double()]).to(path_dtype(match))
+            shaped = total.reshape(-1, *[1] * rank) if rank else total
+            self._biases[key] = tape.constant(from_torch(shaped.contiguous()), f"{tape.prefix}.bias")
+        return self._biases[key]
 
     def drop_unused(self) -> None:
         """Removes nodes and initializers that nobody reads any more."""
@@ -117,20 +153,14 @@ def add_bias(tape: Tape, match: Match, result: ir.Value, shift: Tensor | None, s
 
     The bias of a following Add stays in its node. A constant bias and the shift become one constant.
     """
-    inside = match.bias if match.adder is None else None
-    tensor = constant(inside)
-    if inside is not None and tensor is None:
-        bias = splicer.value(inside)
+    inside = replace(match, bias=match.bias if match.adder is None else None)
+    if inside.bias is not None and constant(inside.bias) is None:
+        bias = splicer.value(inside.bias)
         if match.beta != 1.0:
-            factor = torch.tensor(match.beta, dtype=torch_dtype(match.root.dtype))
-            bias = tape.op("Mul", [bias, tape.constant(from_torch(factor, "beta"), f"{tape.prefix}.beta")])
+            factor = torch.tensor(match.beta, dtype=path_dtype(match))
+            bias = tape.op("Mul", [bias, tape.constant(from_torch(factor), f"{tape.prefix}.beta")])
         result = tape.op("Add", [result, bias])
-    total = None if tensor is None else to_torch(tensor) * match.beta
-    if shift is not None:
-        total = shift if total is None else total + shift.to(total.dtype)
-    if total is None:
+        inside = replace(inside, bias=None)
+    if inside.bias is None and shift is None:
         return result
-    if match.window is not None:
-        total = total.reshape(-1, *[1] * match.window.rank)
-    stored = tape.constant(from_torch(total.contiguous(), f"{tape.prefix}.bias"), f"{tape.prefix}.bias")
-    return tape.op("Add", [result, stored])
+    return tape.op("Add", [result, splicer.bias(tape, inside, shift)])

@@ -1,0 +1,21 @@
+"""``python -m benchmarks [minilm] [startup]``: runs measurements and writes ``benchmarks/results/NAME.md``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+NAMES = ("startup", "minilm")
+
+
+def main() -> None:
+    """Runs the named measurements, or all of them."""
+    wanted = sys.argv[1:] or list(NAMES)
+    for name in wanted:
+        if name not in NAMES:
+            raise SystemExit(f"unknown benchmark '{name}'; known: {', '.join(NAMES)}")
+        importlib.import_module(f"benchmarks.{name}").main()
+
+
+if __name__ == "__main__":
+    main()

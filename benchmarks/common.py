@@ -1,0 +1,83 @@
+"""What all measurements share: child processes with their memory, tables, where they were made."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lrcompile.report import machine, versions
+
+RESULTS = Path(__file__).parent / "results"
+WORK = Path(".cache") / "benchmarks"
+POLL = 0.02
+
+
+@dataclass(frozen=True)
+class Child:
+    """A finished process: seconds of wall time, peak resident bytes of itself and of its whole tree."""
+
+    seconds: float
+    peak: int
+    tree: int
+    stdout: str
+    code: int
+
+
+def run(arguments: Sequence[str]) -> Child:
+    """Runs ``python -m …`` and watches its memory fifty times a second."""
+    start = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", *arguments], stdout=subprocess.PIPE, text=True)
+    peak = tree = 0
+    out: list[str] = []
+    while process.poll() is None:
+        sizes = [_resident(pid) for pid in _tree(process.pid)]
+        peak, tree = max(peak, _high(process.pid)), max(tree, sum(sizes))
+        time.sleep(POLL)
+    assert process.stdout is not None
+    out.append(process.stdout.read())
+    return Child(time.monotonic() - start, peak, tree, "".join(out), process.returncode)
+
+
+def _tree(pid: int) -> list[int]:
+    found = [pid]
+    for parent in found:
+        try:
+            children = Path(f"/proc/{parent}/task/{parent}/children").read_text()
+        except OSError:
+            continue
+        found.extend(map(int, children.split()))
+    return found
+
+
+def _field(pid: int, name: str) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def _resident(pid: int) -> int:
+    return _field(pid, "VmRSS")
+
+
+def _high(pid: int) -> int:
+    return _field(pid, "VmHWM")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+def write(name: str, title: str, parts: Sequence[str]) -> None:
+    """Writes the result with the machine and versions that made it."""
+    made = ", ".join(f"{key} {value}" for key, value in {**machine(), **versions()}.items())
+    text = "\n\n".join([f"# {title}", f"Command: `python -m benchmarks {name}`. Made on: {made}.", *parts]) + "\n"
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+    print(text)

@@ -1,0 +1,85 @@
+"""What a run is told beside its passes and its budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lrcompile.budget import Budget, quantity
+from lrcompile.errors import UsageError, nearest
+from lrcompile.planning import Settings
+from lrcompile.verify import Metric, Run
+
+PRESETS: dict[str, float] = {"safe": 1e-4, "balanced": 0.2, "small": 0.5, "mcu": 0.5}
+"""Largest drift (relative L2 of the worst output) that a preset lets through."""
+
+
+Task = Callable[[Run], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything beside passes and budget.
+
+    Args:
+        preset: a name from :data:`PRESETS`; None means ``small`` under a budget, else ``safe``.
+        max_drift: instead of the preset's limit.
+        metric: ``(reference outputs, candidate outputs) -> float``, larger is worse; the limit applies to it.
+        data_free: allow a lossy budget without calibration data.
+        force: replace an existing output.
+        force_growth: publish a result that is larger or slower.
+        latency: measure latency and memory of files.
+        latency_batch: samples per run when latency is measured.
+        seconds: how long latency is measured.
+        task: scores a run, ``task(model.run) -> {"accuracy": 0.98}``; reported for both files.
+        report_name: stem of the reports; by default the artefact's with ``.report``.
+    """
+
+    preset: str | None = None
+    max_drift: float | None = None
+    metric: Metric | None = None
+    data_free: bool = False
+    force: bool = False
+    force_growth: bool = False
+    latency: bool = True
+    latency_batch: int = 8
+    seconds: float = 4.0
+    task: Task | None = None
+    report_name: str = ""
+    settings: Settings = field(default_factory=Settings)
+
+    def __post_init__(self) -> None:
+        if self.preset is not None and self.preset not in PRESETS:
+            raise UsageError(f"unknown preset '{self.preset}'", hint=nearest(self.preset, PRESETS))
+        if self.max_drift is not None and not self.max_drift >= 0:
+            raise UsageError(f"{self.max_drift} is no limit", where="max-drift", hint="a number from 0 on")
+
+    def preset_for(self, budget: Budget) -> str:
+        """The preset in force."""
+        return self.preset or ("small" if budget.limited else "safe")
+
+    def config(self, budget: Budget) -> dict[str, Any]:
+        """What is in force, by the names of the command line's options."""
+        metric = None if self.metric is None else f"{self.metric.__module__}:{self.metric.__qualname__}"
+        limit = {} if self.max_drift is None else {"max-drift": self.max_drift}
+        return {
+            "preset": self.preset_for(budget),
+            **limit,
+            **({} if metric is None else {"metric": metric}),
+            "include": list(self.settings.include),
+            "exclude": list(self.settings.exclude),
+            "data-free": self.data_free,
+            "force-growth": self.force_growth,
+            "latency-check": self.latency,
+            "probes": self.settings.probes,
+            "seed": self.settings.seed,
+        }
+
+    def limit(self, budget: Budget) -> float:
+        """The drift limit in force."""
+        if self.max_drift is not None:
+            return self.max_drift
+        if budget.drift is not None:
+            return float(quantity(budget.drift, "drift") or 0.0)
+        return PRESETS[self.preset_for(budget)]

@@ -1,0 +1,211 @@
+"""What came of a run: the gate, the sizes that were measured, the decisions, the reports."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrcompile import measure, verify
+from lrcompile.budget import Budget, quantity
+from lrcompile.errors import GateError
+from lrcompile.files import AtomicSet, sha256
+from lrcompile.graphs.base import Graph
+from lrcompile.linop import show
+from lrcompile.lowering import Runnable
+from lrcompile.planning import Choice, Planned
+from lrcompile.report import html_text, json_text, record
+from lrcompile.stages import Run
+
+SLOWER = 1.02
+"""A result is slower where the lower end of the measured latency ratio's interval is above this."""
+
+
+def target_of(graph: Graph, out: Path | None) -> Path | None:
+    """The file that a run publishes: ``out``, or the artefact's index inside a folder."""
+    return out if out is None or graph.kind == "onnx" else out / "lrcompile.json"
+
+
+def gate(run: Run, built: Runnable, budget: Budget) -> None:
+    """Measures the drift of the artefact on held-out samples and stops one that moved too far.
+
+    Raises:
+        GateError: above the limit.
+    """
+    if run.evaluation is None:
+        run.report.notes.append("no held-out samples: the drift was not measured")
+        return
+    run.tell("measuring drift on held-out samples")
+    limit = run.options.limit(budget)
+    drift = verify.measure(run.graph.run, built.run, run.evaluation, limit=limit, metric=run.options.metric)
+    run.graph.release()
+    passed = drift.passed
+    run.report.drift = record.Drift(
+        drift.relative_l2,
+        drift.cosine,
+        drift.top1,
+        drift.kl,
+        drift.metric,
+        drift.samples,
+        limit,
+        passed,
+        drift.worst_output,
+    )
+    if not passed:
+        run.report.status = "gate_failed"
+        run.report.budget = reached(run, built, budget)
+        verify.require(drift)
+
+
+def describe_after(run: Run, built: Runnable, files: AtomicSet | None) -> None:
+    """Size, hash, latency and memory of the artefact, read from its files where it has some."""
+    report, before = run.report, run.report.before
+    if run.options.task is not None:
+        run.tell("scoring both models")
+        scores = run.options.task(run.graph.run), run.options.task(built.run)
+        report.task = {name: {"before": scores[0][name], "after": scores[1][name]} for name in scores[0]}
+    built.release()
+    macs = built.macs(run.sample) if run.sample is not None else 0
+    on_disk = built.nbytes if files is None else files.nbytes
+    after = record.Size(built.parameters, on_disk, macs)
+    interval = None
+    source: Path | None = getattr(run.graph, "path", None)
+    if run.options.latency and files is not None and run.graph.kind == "onnx" and source is not None:
+        run.tell("measuring latency")
+        before, after, interval = _timed(run, source, files.path, before, after)
+    if files is not None:
+        report.output = record.FileInfo(files.target.name, sha256(files.path), on_disk)
+    report.before, report.after = before, after
+    report.ratio = None if before is None else record.Ratio.of(before, after, interval)
+
+
+def _timed(
+    run: Run, source: Path, result: Path, before: record.Size | None, after: record.Size
+) -> tuple[record.Size | None, record.Size, tuple[float, float, float] | None]:
+    feeds = _feeds(run)
+    if feeds is None or before is None:
+        return before, after, None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "feeds.npz"
+        np.savez(path, **feeds)
+        timing = measure.time_files([source, result], path, seconds=run.options.seconds)
+        peaks = [measure.peak_memory(file, path) for file in (source, result)]
+    if timing is None:
+        run.report.notes.append("latency was not measured: ONNX Runtime does not run the model on this CPU")
+        return before, after, None
+    sizes = [
+        record.Size(size.parameters, size.bytes, size.macs, ms, peak)
+        for size, ms, peak in zip((before, after), timing.median_ms, peaks, strict=True)
+    ]
+    return sizes[0], sizes[1], (timing.ratio, timing.low, timing.high)
+
+
+def _feeds(run: Run) -> dict[str, np.ndarray] | None:
+    """Inputs for timing: the first batch of held-out samples."""
+    if run.evaluation is not None:
+        batch = next(iter(run.evaluation))
+        return {name: array[: run.options.latency_batch] for name, array in batch.items()}
+    return None if run.sample is None else dict(run.sample)
+
+
+def refuse_growth(run: Run, budget: Budget) -> None:
+    """Stops a result that is larger or slower than what came in.
+
+    Raises:
+        GateError: it is, and the user did not ask for it.
+    """
+    ratio = run.report.ratio
+    if ratio is None or run.options.force_growth:
+        return
+    larger = ratio.bytes is not None and ratio.bytes > 1 and (run.report.after or ratio) is not None
+    slower = ratio.latency_low is not None and ratio.latency_low > SLOWER
+    if (larger and run.report.input is not None) or slower:
+        run.report.status = "gate_failed"
+        what = f"{ratio.bytes:.3f} times the bytes" if larger else f"{ratio.latency:.3f} times the latency"
+        raise GateError(f"the result has {what} of the original", hint="--force-growth publishes it all the same")
+    run.report.budget = reached(run, None, budget)
+
+
+def reached(run: Run, built: Runnable | None, budget: Budget) -> dict[str, record.BudgetLine]:
+    """Every limit with what the result reaches."""
+    after, planned = run.report.after, run.planned
+    keep = planned.after.parameters / planned.before.parameters if planned and planned.before.parameters else None
+    values = {
+        "keep": keep,
+        "bytes": None if after is None else float(after.bytes),
+        "macs": None if after is None else float(after.macs),
+        "drift": None if run.report.drift is None else run.report.drift.relative_l2,
+    }
+    lines = {}
+    for name, value in values.items():
+        target = quantity(getattr(budget, name), name)
+        if target is None:
+            continue
+        before = getattr(run.report.before, name, None)
+        share = name in ("bytes", "macs") and target <= 1 and before
+        lines[name] = record.BudgetLine(target, value / before if share and value is not None else value)
+    return lines
+
+
+def decide(run: Run, planned: Planned | None) -> None:
+    """Decisions of all sites, in the graph's order, with the counts of what happened."""
+    report = run.report
+    choices = {choice.site.name: choice for choice in planned.choices} if planned is not None else {}
+    touched = getattr(run.graph, "replacements", {})
+    counts = dict.fromkeys(record.SITES, 0)
+    for site in run.graph.linear_sites():
+        choice = choices.get(site.name)
+        rewritten = site.name in touched or (choice is not None and choice.proposal is not None)
+        refused = bool(site.frozen) or (choice is not None and choice.refused)
+        counts["total"] += 1
+        counts["rewritten" if rewritten else "refused" if refused else "dense"] += 1
+        report.decisions.append(_decision(site, choice, touched))
+        if choice is not None and len(choice.tails):
+            rank = None if choice.proposal is None else choice.proposal.rank
+            report.spectra.append(record.Spectrum.of(site.name, choice.tails, rank))
+    report.sites = counts
+    subgraphs = getattr(run.graph, "subgraph_weights", list)()
+    if subgraphs:
+        report.notes.append(f"{len(subgraphs)} weights inside If, Loop or Scan bodies pass through unchanged")
+
+
+def _decision(site: Any, choice: Choice | None, touched: dict) -> record.Decision:
+    structure = show(site.operator)
+    if choice is None or choice.proposal is None:
+        if choice is None and site.name in touched:
+            return record.Decision(site.name, site.shape, "exact", structure, None, None, None, "loses nothing")
+        reason = choice.reason if choice is not None else site.frozen or "no budget was given"
+        return record.Decision(site.name, site.shape, None, structure, 1.0, 0.0, 0.0, reason)
+    proposal = choice.proposal
+    if choice.site.name in touched:
+        structure = show(touched[choice.site.name].operator)
+    keep = proposal.cost.parameters / choice.before.parameters
+    error = choice.error / choice.energy if choice.error is not None and choice.energy else None
+    return record.Decision(
+        site.name, site.shape, proposal.source, structure, keep, choice.predicted, error, choice.reason
+    )
+
+
+def predict(run: Run, planned: Planned) -> None:
+    """What a plan would reach, for a verb that builds nothing."""
+    before = run.report.before
+    if before is None:
+        return
+    saved = planned.before.nbytes - planned.after.nbytes
+    removed = planned.before.parameters - planned.after.parameters
+    after = record.Size(
+        round(before.parameters - removed), before.bytes - saved, round(before.macs - planned.saved_macs)
+    )
+    run.report.after = after
+    run.report.ratio = record.Ratio.of(before, after)
+
+
+def write_reports(run: Run, files: AtomicSet) -> None:
+    """The JSON sidecar and the HTML report beside the artefact."""
+    stem = files.target.name.removesuffix(".onnx")
+    name = run.options.report_name or ("report" if run.graph.kind != "onnx" else f"{stem}.report")
+    run.report.report = f"{name}.json"
+    files.stage(f"{name}.json").write_text(json_text(run.report), encoding="utf-8")
+    files.stage(f"{name}.html").write_text(html_text(run.report), encoding="utf-8")
