@@ -48,23 +48,21 @@ class Moments:
     @classmethod
     def zeros(cls, channels: int) -> Moments:
         """Empty moments of a value with ``channels`` channels."""
-        vector = torch.zeros(3, channels)
-        return cls(torch.zeros(channels, channels), vector[0], vector[1], vector[2])
+        return cls(torch.zeros(channels, channels), *(torch.zeros(channels) for _ in range(3)))
 
     @property
     def channels(self) -> int:
         return self._gram.shape[0]
 
     def _mirror(self) -> None:
-        lower = self._gram.tril_()
-        self._gram = lower + lower.tril(-1).T
+        self._gram = self._gram.tril() + self._gram.tril(-1).T
         self._half = False
 
     def update(self, rows: Tensor, samples: int = 0) -> None:
         """Adds vectors ``rows`` (tokens, n).
 
         Raises:
-            InvalidInputError: a vector is NaN or infinite.
+            InvalidInputError: a vector, or its square, is NaN or infinite.
         """
         rows = rows.detach().to("cpu", torch.float32).contiguous()
         self._accumulate(rows)
@@ -75,7 +73,7 @@ class Moments:
             self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
         self.tokens += len(rows)
         self.samples += samples
-        if not torch.isfinite(self.absolute).all():
+        if not torch.isfinite(self._gram.diagonal()).all() or not torch.isfinite(self.absolute).all():
             raise InvalidInputError("the calibration data makes this value NaN or infinite")
 
     def _accumulate(self, rows: Tensor) -> None:
@@ -86,7 +84,8 @@ class Moments:
         from scipy.linalg.blas import ssyrk
 
         if len(rows):
-            ssyrk(1.0, rows.numpy().T, beta=1.0, c=self._gram.numpy().T, lower=0, overwrite_c=1)
+            sums = ssyrk(1.0, rows.numpy().T, beta=1.0, c=self._gram.numpy().T, lower=0, overwrite_c=1)
+            self._gram = torch.from_numpy(sums.T)  # the same memory, unless its layout asked for a copy
             self._half = True
 
     def merge(self, other: Moments) -> Moments:

@@ -47,8 +47,33 @@ class Spectrum:
             left, right = (weight * self.root) @ basis, basis.T / self.root
         else:
             left = (weight @ self.root) @ basis
-            right = torch.linalg.solve_triangular(self.root, basis.T, upper=False, left=False)
+            right = _solve(self.root, basis.T)
         return _balanced(left, right)
+
+
+    def errors(self, matrix: Tensor) -> Tensor:
+        """Errors of the same approximations in another metric ``matrix`` (in, in): (k + 1,) float64.
+
+        The errors add up over the dropped directions, because these diagonalise the weight's energy.
+        """
+        weight, basis = self.weight.double(), self.basis.double()
+        if self.root is None:
+            dropped = basis.T @ weight
+            energies = ((dropped @ matrix) * dropped).sum(1)
+        else:
+            right = basis.T / self.root if self.root.ndim == 1 else _solve(self.root, basis.T)
+            energies = self.energies * ((right @ matrix) * right).sum(1)
+        return _tails(energies.clamp_min(0))
+
+
+def _solve(root: Tensor, right: Tensor) -> Tensor:
+    return torch.linalg.solve_triangular(root, right, upper=False, left=False)
+
+
+def _tails(energies: Tensor) -> Tensor:
+    tails = torch.zeros(len(energies) + 1, dtype=torch.float64)
+    tails[:-1] = energies.flip(0).cumsum(0).flip(0)
+    return tails
 
 
 def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +99,7 @@ def metric_matrix(
         return None
     if metric == "diagonal":
         scale = (moments.absolute.double() / max(moments.tokens, 1)) ** alpha
-        return (scale.clamp_min(1e-6 * float(scale.max()) or 1.0)).square()
+        return scale.clamp_min(1e-6 * float(scale.max()) or 1.0).square()
     matrix = moments.covariance() if center else moments.second()
     diagonal = matrix.diagonal().clone().clamp_min(0)
     floor = float(diagonal.mean()) or 1.0
@@ -111,6 +136,5 @@ def _root(metric: Tensor) -> Tensor:
 def _decompose(weight: Tensor, energy: Tensor, root: Tensor | None) -> Spectrum:
     values, vectors = torch.linalg.eigh((energy + energy.T) / 2)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    tails = torch.zeros(len(values) + 1, dtype=torch.float64)
-    tails[:-1] = values.flip(0).cumsum(0).flip(0)
-    return Spectrum(weight, values, tails, vectors.float(), root)
+    exact = weight.dtype if weight.dtype == torch.float64 else torch.float32  # all bases are held at once
+    return Spectrum(weight, values, _tails(values), vectors.to(exact), root)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from lrcompile.errors import UsageError, nearest
@@ -47,8 +49,10 @@ class LowRank(LinearPass):
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise UsageError(f"unknown metric '{self.metric}'", where=self.name, hint=nearest(self.metric, METRICS))
-        if not 0 <= self.shrink <= 1 or self.damp < 0 or self.min_rank < 1:
+        if not (0 <= self.shrink <= 1 and 0 <= self.damp < math.inf and self.min_rank >= 1):
             raise UsageError("shrink lies in 0..1, damp is not negative, min_rank at least 1", where=self.name)
+        if not math.isfinite(self.alpha):
+            raise UsageError("alpha is a finite number", where=self.name)
 
     def refuse(self, site: LinearSite, context: Context) -> str:
         """No aligned rank below break-even: any two factors would be larger than the matrix."""
@@ -60,7 +64,7 @@ class LowRank(LinearPass):
     def proposals(self, site: LinearSite, context: Context) -> Iterator[Proposal]:
         """One proposal for each aligned rank below break-even; factors are made when chosen."""
         analysed = self._analyse(site, context)
-        tails = analysed.tails.tolist()
+        tails = self._errors(site, context, analysed).tolist()
         for rank in context.ranks(site)[self.min_rank - 1 :]:
             yield Proposal(
                 (site.name,),
@@ -82,6 +86,17 @@ class LowRank(LinearPass):
             moments, self.metric, center=self._centered(site), shrink=shrink, damp=self.damp, alpha=self.alpha
         )
         return spectrum(densify(site.operator), matrix)
+
+    def _errors(self, site: LinearSite, context: Context, analysed: Spectrum) -> Tensor:
+        """What every rank does to the calibration outputs, whatever metric chose the directions.
+
+        Where that metric is the outputs' own energy, its estimate counts unless the data tell worse.
+        """
+        moments = context.statistics(site)
+        if moments is None:
+            return analysed.tails
+        measured = analysed.errors(moments.covariance() if self._centered(site) else moments.second())
+        return torch.maximum(measured, analysed.tails) if self.metric == "whitened" else measured
 
     def _centered(self, site: LinearSite) -> bool:
         return self.center and self.metric == "whitened" and all(use.bias is not None for use in site.uses)

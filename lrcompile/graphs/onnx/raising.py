@@ -285,8 +285,8 @@ def _along_channels(node: ir.Node, match: Match) -> bool:
     axis = node.attributes.get_int("axis", 0)
     if match.window is not None:
         return axis == 1
-    rank = None if match.root.shape is None else len(match.root.shape)
-    return axis == -1 or (rank is not None and axis == rank - 1)
+    shape = match.root.shape or node.outputs[0].shape  # of equal rank
+    return axis == -1 or (shape is not None and axis == len(shape) - 1)
 
 
 def _concat(raiser: Raiser, node: ir.Node) -> Match | None:

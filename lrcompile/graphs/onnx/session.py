@@ -80,7 +80,7 @@ def widen(graph: ir.Graph) -> None:
 
 def _widen_value(value: ir.Value) -> None:
     if value.dtype == ir.DataType.BFLOAT16:
-        value.dtype = ir.DataType.FLOAT
+        value.type = ir.TensorType(ir.DataType.FLOAT)  # a clone shares the old type object with the model
     if value.const_value is not None and value.const_value.dtype == ir.DataType.BFLOAT16:
         value.const_value = _widened(value.const_value)
 
@@ -106,6 +106,7 @@ class Session:
         for name, tensor in _take_constants(graph).items():
             self.weights[name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor.numpy()))
         self.inputs = [value.name for value in graph.inputs if value.name not in self.weights]
+        self.defaults = set(graph.initializers)  # inputs among these need not be fed
         self.outputs = [str(value.name) for value in graph.outputs]
         functions = [function.clone() for function in like.functions.values()]
         model = ir.Model(graph, ir_version=like.ir_version, functions=functions)
@@ -124,6 +125,8 @@ class Session:
 
         values = dict(self.weights)
         for name in self.inputs:
+            if name in self.defaults and name not in feeds:
+                continue
             feed = feeds[str(name)]
             if isinstance(feed, np.ndarray):
                 feed = onnxruntime.OrtValue.ortvalue_from_numpy(_runnable(feed))
