@@ -22,12 +22,21 @@ from lrcompile.lowering import Backend, Rules
 
 
 class OnnxModel:
-    """A lowered model, in memory or in a file."""
+    """A lowered model, in memory or in a file.
 
-    def __init__(self, model: ir.Model, path: Path | None) -> None:
+    Args:
+        paths: where the file stands: while it is staged, and once it is published.
+    """
+
+    def __init__(self, model: ir.Model, *paths: Path) -> None:
         self.model = model
-        self.path = path
+        self.paths = paths
         self._session: Session | FileSession | None = None
+
+    @property
+    def path(self) -> Path | None:
+        """The file, where there is one."""
+        return next((path for path in self.paths if path.exists()), None)
 
     def run(self, inputs: Inputs) -> Outputs:
         """Outputs in ONNX Runtime, from the file where there is one.
@@ -35,8 +44,8 @@ class OnnxModel:
         The CPU has no bfloat16 kernels: such a model is computed in float32, from the same weights.
         """
         if self._session is None:
-            from_file = self.path is not None and not has_bfloat16(self.model.graph)
-            self._session = FileSession(str(self.path)) if from_file else Session(self.model.graph.clone(), self.model)
+            path = None if has_bfloat16(self.model.graph) else self.path
+            self._session = FileSession(str(path)) if path else Session(self.model.graph.clone(), self.model)
         return self._session.run(inputs)
 
     def release(self) -> None:
@@ -77,7 +86,7 @@ class OnnxRuntime(Backend):
         model = lower(graph)
         if out is not None:
             write(model, out, external=True if graph.is_external else None)
-        return OnnxModel(model, None if out is None else out.path)
+        return OnnxModel(model) if out is None else OnnxModel(model, out.path, out.target)
 
 
 def lower(graph: OnnxGraph) -> ir.Model:

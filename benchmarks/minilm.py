@@ -57,17 +57,17 @@ def main() -> None:
 
 _COLUMNS = ("what", "keep", "cosine", "relative L2", "Lee-50 Pearson", "WordSim Spearman", "MB", "MAC ratio",
             "latency ratio 1×128", "latency ratio 16×128", "peak MB", "SHA-256")  # fmt: skip
-_HEAD = (
-    "Each row is one ONNX file: all its figures are read from it. Keep counts the stored values of the 36 linears. "
-    "Calibration: 300 `lee_background` texts; cosine and relative L2 against the dense embeddings of the 50 Lee texts, which "
-    "nothing was chosen by. Latency: ONNX Runtime, all cores, in turns with the dense file, median of the paired ratios "
-    "with its 95 % interval; MACs of 1×128 tokens. Peak: a fresh process that loads the file and runs 1×128 tokens."
-)
-_MODULES = "## The same through the module tree\n\nSame data and settings, once from the ONNX file and once from the `nn.Module`."
-_COST = (
-    "## Cost of `lrcompile optimize minilm.onnx --keep … --calib … --eval … --no-cache`\n\nEverything included: start-up, "
-    "statistics, probes, gate, latency and memory of both files. Peak resident memory of the process, and of it with its children."
-)
+_HEAD = """Each row is one ONNX file: all its figures are read from it. Keep counts the stored values of the 36 linears.
+Calibration: 300 `lee_background` texts; cosine and relative L2 against the dense embeddings of the 50 Lee texts, which
+nothing was chosen by. Latency: ONNX Runtime, all cores, in turns with the dense file, median of the paired ratios
+with its 95 % interval; MACs of 1×128 tokens. Peak: a fresh process that loads the file and runs 1×128 tokens."""
+_MODULES = """## The same through the module tree
+
+Same data and settings, once from the ONNX file and once from the `nn.Module`."""
+_COST = """## Cost of `lrcompile optimize minilm.onnx --keep … --calib … --eval … --no-cache`
+
+Everything included: start-up, statistics, probes, gate, latency and memory of both files. Peak resident memory of the
+process, and of it with its children."""
 
 
 def _optimized(dense: Path, calibration: Path, evaluation: Path, keep: float) -> tuple[Path, Child]:

@@ -37,7 +37,33 @@ _FACE = {
     "LrcompileError": "lrcompile.errors",
 }
 
-__all__ = [*sorted(_FACE), "__version__"]
+__all__ = [
+    "Batches",
+    "Budget",
+    "Context",
+    "Dense",
+    "GraphPass",
+    "LinearOperator",
+    "LinearPass",
+    "LinearSite",
+    "LowRank",
+    "LrcompileError",
+    "Options",
+    "Pipeline",
+    "Product",
+    "Proposal",
+    "Result",
+    "Settings",
+    "Sum",
+    "__version__",
+    "apply",
+    "densify",
+    "load",
+    "low_rank",
+    "optimize",
+    "plan",
+    "save",
+]
 
 if TYPE_CHECKING:
     from lrcompile.api import optimize, plan

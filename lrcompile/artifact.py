@@ -21,7 +21,7 @@ from lrcompile import artifact_hf
 from lrcompile.artifact_load import install_sites, materialise, non_persistent
 from lrcompile.artifact_read import CONFIG, PROGRAM, SCHEMA, TARGET, WEIGHTS, read_json, read_manifest, read_tensors
 from lrcompile.errors import InvalidInputError, UsageError
-from lrcompile.files import AtomicSet, write_error
+from lrcompile.files import AtomicSet, system_error, write_error
 from lrcompile.graphs.module import ModuleGraph
 from lrcompile.graphs.module_store import stored, update
 from lrcompile.graphs.structured import StructuredConv, StructuredLinear, place, structured_modules
@@ -127,6 +127,7 @@ def _content(held: Mapping[str, Tensor]) -> str:
 
 
 def _write_tensors(held: Mapping[str, Tensor], path: Path, content: str) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain: dict[str, Tensor] = {}
@@ -137,7 +138,10 @@ def _write_tensors(held: Mapping[str, Tensor], path: Path, content: str) -> None
             value = value.clone()
         storages.add(value.untyped_storage()._cdata)
         plain[name] = value
-    save_file(plain, path, metadata={"lrcompile": content})  # more entries would come in any order
+    try:
+        save_file(plain, path, metadata={"lrcompile": content})  # more entries would come in any order
+    except SafetensorError as error:
+        raise system_error(error, path) from error
 
 
 def load(folder: str | Path, into: nn.Module | None = None) -> nn.Module | OnnxGraph:

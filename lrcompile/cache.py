@@ -54,6 +54,7 @@ def store(name: str, tensors: Mapping[str, Tensor], texts: Mapping[str, str], wh
     """Stores tensors and texts; a cache that cannot be written is no error."""
     if where is None:
         return
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     temporary = where / f"{name}.{os.getpid()}.tmp"
@@ -62,7 +63,9 @@ def store(name: str, tensors: Mapping[str, Tensor], texts: Mapping[str, str], wh
         save_file({item: tensor.contiguous() for item, tensor in tensors.items()}, temporary, metadata=dict(texts))
         os.replace(temporary, where / f"{name}.safetensors")
         _evict(where)
-    except OSError:
+    except (OSError, SafetensorError):
+        pass
+    finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 

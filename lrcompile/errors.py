@@ -80,6 +80,16 @@ class ResourceError(LrcompileError):
     code = 7
 
 
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "bad allocation", "Failed to allocate memory")
+
+
+def out_of_memory(error: BaseException) -> ResourceError | None:
+    """The typed error where a library says in its own words that memory ran out, else None."""
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+        return ResourceError("not enough memory", hint="calibrate with fewer samples, or on a larger machine")
+    return None
+
+
 class MissingExtraError(UsageError):
     """An optional dependency is not installed."""
 

@@ -68,6 +68,12 @@ def made_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def system_error(error: Exception, path: str | os.PathLike[str]) -> OSError:
+    """The ``OSError`` behind an error of a library that says ``(os error 28)`` in its text only."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]) if number else errno.EIO, str(error), os.fspath(path))
+
+
 def write_error(error: OSError, where: str | os.PathLike[str]) -> LrcompileError:
     """The typed error for a failed write: exit code 7 for a full or broken disk, 2 for a wrong place."""
     reason = os.strerror(error.errno) if error.errno else str(error)

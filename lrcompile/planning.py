@@ -10,15 +10,14 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from lrcompile import cache
 from lrcompile.budget import COSTS, Budget, Unit, allocate, quantity
 from lrcompile.calibrate import Moments
+from lrcompile.curves import Curve, measured
 from lrcompile.data import Batches
 from lrcompile.errors import InfeasibleError, UsageError
 from lrcompile.graphs.base import Graph, Inputs
@@ -41,6 +40,7 @@ class Settings:
         include, exclude: globs on site names.
         probes: measure how much each site matters; without, every site's relative error counts alike.
         probe_samples: calibration samples that each probe runs on.
+        refine: probe every site a second time at the size that it was given, then allocate again.
         memory: bytes that the Gram matrices of one pass over the data may take.
         align: ranks are multiples of this.
         cache: folder of the statistics cache; None for no cache.
@@ -50,6 +50,7 @@ class Settings:
     exclude: tuple[str, ...] = ()
     probes: bool = True
     probe_samples: int = PROBE_SAMPLES
+    refine: bool = True
     memory: int = 2**30
     align: int = 8
     seed: int = 0
@@ -90,7 +91,7 @@ class Planned:
     context: Context
     before: Cost
     notes: list[str] = field(default_factory=list)
-    scales: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
 
     @property
     def after(self) -> Cost:
@@ -175,15 +176,37 @@ def plan(
     sites, left = _refreeze(graph, sites, left)
     tell("decomposing")
     offers = {site.name: _offers(site, passes, context) for site in sites}
-    scales = _scales(graph, sites, offers, context, data, settings, tell)
+    run = _Planning(graph, sites, offers, context, data, settings, tell)
     counts = positions(graph, sites, sample)
-    choices = _allocate(sites, offers, scales, budget, counts, whole or Cost())
-    return Planned([*choices, *left], context, _total(sites), _notes(sites, context), scales)
+    curves = _first_curves(run)
+    choices = _allocate(sites, offers, curves, budget, counts, whole or Cost())
+    if data is not None and settings.probes and settings.refine:
+        curves = _refined(run, curves, choices)
+        choices = _allocate(sites, offers, curves, budget, counts, whole or Cost())
+    return Planned([*choices, *left], context, _total(sites), _notes(sites, context), curves)
 
 
-def _refreeze(
-    graph: Graph, sites: list[LinearSite], left: list[Choice]
-) -> tuple[list[LinearSite], list[Choice]]:
+@dataclass(eq=False)
+class _Planning:
+    """What the steps of a plan share."""
+
+    graph: Graph
+    sites: Sequence[LinearSite]
+    offers: Mapping[str, _Offer]
+    context: Context
+    data: Batches | None
+    settings: Settings
+    tell: Progress
+
+    def measured(self, probes: Mapping[str, Proposal]) -> dict[str, float]:
+        """Change of the outputs by each probe alone."""
+        if self.data is None:
+            raise UsageError("probes need calibration data")
+        samples, where = self.settings.probe_samples, self.settings.cache
+        return measured(self.graph, probes, self.data, samples=samples, where=where, tell=self.tell)
+
+
+def _refreeze(graph: Graph, sites: list[LinearSite], left: list[Choice]) -> tuple[list[LinearSite], list[Choice]]:
     """A module tree learns only from its first run which weights cannot be written back."""
     current = {site.name: site for site in graph.linear_sites()}
     moved = [current[site.name] for site in sites if current[site.name].frozen]
@@ -212,42 +235,22 @@ def _offers(site: LinearSite, passes: Sequence[LinearPass], context: Context) ->
     return offer
 
 
-def _scales(
-    graph: Graph,
-    sites: Sequence[LinearSite],
-    offers: Mapping[str, _Offer],
-    context: Context,
-    data: Batches | None,
-    settings: Settings,
-    tell: Progress,
-) -> dict[str, float]:
-    """Loss per unit of error energy: measured by probes, else one over the energy of the site's output."""
-    wanted = [site for site in sites if offers[site.name].proposals]
-    if data is None or not settings.probes:
-        return {site.name: 1.0 / max(context.energy(site), 1e-30) for site in wanted}
-    probes = {site.name: _probe(site, offers[site.name].proposals) for site in wanted}
-    labels = ",".join(f"{name}:{probe.source}:{probe.label}:{probe.error:.6g}" for name, probe in probes.items())
-    name = cache.key("probes/2", graph.fingerprint(), data.sha256, str(settings.probe_samples), labels)
-    stored = cache.load(name, settings.cache)
-    if stored is not None:
-        tensors, texts = stored  # the file keeps no order of its texts, so each says which value is its own
-        measured = {site: float(tensors["change"][int(index)]) for site, index in texts.items()}
-    else:
-        batches = probe_batches(data, settings.probe_samples)
-        tell(f"probing {len(wanted)} sites", len(batches))
-        measured = dict(graph.probe(Watched(batches, tell), {name: probe.by[name] for name, probe in probes.items()}))
-        values = torch.tensor(list(measured.values()), dtype=torch.float64)
-        texts = {site: str(index) for index, site in enumerate(measured)}
-        cache.store(name, {"change": values}, texts, settings.cache)
-    return {name: measured[name] / max(probe.error, 1e-30) for name, probe in probes.items()}
+def _first_curves(run: _Planning) -> dict[str, Curve]:
+    """Loss of each site's error: measured by probes of one size, else relative to the energy of its output."""
+    wanted = [site for site in run.sites if run.offers[site.name].proposals]
+    if run.data is None or not run.settings.probes:
+        return {site.name: Curve(max(run.context.energy(site), 1e-30), 1.0) for site in wanted}
+    probes = {site.name: _probe(site, run.offers[site.name].proposals) for site in wanted}
+    changes = run.measured(probes)
+    return {name: Curve(probe.error, changes[name]) for name, probe in probes.items()}
 
 
-def probe_batches(data: Batches, samples: int) -> list[Inputs]:
-    """Whole batches spread evenly over the data, about ``samples`` in total."""
-    count = max(1, round(samples / max(data.batch, 1)))
-    total = max(1, -(-data.samples // data.batch))
-    step = max(1, total // count)
-    return list(islice(islice(data, 0, None, step), count))
+def _refined(run: _Planning, curves: Mapping[str, Curve], choices: Sequence[Choice]) -> dict[str, Curve]:
+    """Curves that are exact where the allocator has put the sites."""
+    probes = {choice.site.name: choice.proposal for choice in choices if choice.proposal is not None}
+    changes = run.measured(probes) if probes else {}
+    again = {name: curves[name].refined(probe.error, changes[name]) for name, probe in probes.items()}
+    return {**curves, **again}
 
 
 def _probe(site: LinearSite, proposals: Sequence[Proposal]) -> Proposal:
@@ -267,7 +270,7 @@ def positions(graph: Graph, sites: Sequence[LinearSite], sample: Inputs | None) 
 def _allocate(
     sites: Sequence[LinearSite],
     offers: Mapping[str, _Offer],
-    scales: Mapping[str, float],
+    curves: Mapping[str, Curve],
     budget: Budget,
     counts: Mapping[str, float],
     whole: Cost,
@@ -276,7 +279,7 @@ def _allocate(
     for site in sites:
         candidates = offers[site.name].proposals
         rows = [_row(cost, counts[site.name]) for cost in (*(p.cost for p in candidates), _cost(site))]
-        losses = [p.error * scales[site.name] for p in candidates]
+        losses = [curves[site.name](p.error) for p in candidates]
         units.append(Unit(np.array(rows, dtype=float), np.array([*losses, 0.0])))
     before = np.sum([unit.costs[-1] for unit in units], axis=0) if units else np.zeros(len(COSTS))
     rest = np.maximum(np.array([0.0, whole.nbytes, whole.macs]) - [0.0, *before[1:]], 0.0)

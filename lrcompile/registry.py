@@ -40,7 +40,9 @@ def load(kind: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise UsageError(f"cannot be loaded: {error}", where=name, hint="reinstall the package that brings it") from error
+        raise UsageError(
+            f"cannot be loaded: {error}", where=name, hint="reinstall the package that brings it"
+        ) from error
 
 
 def passes() -> dict[str, type]:

@@ -7,6 +7,7 @@ A pass is a frozen dataclass. Its fields are its options, its command-line form
 from __future__ import annotations
 
 import dataclasses
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,10 +101,10 @@ class Context:
         limit = (out * into - 1) // (out + into)
         return list(range(self.align, limit + 1, self.align))
 
-    def randn(self, *shape: int) -> Tensor:
-        """Normal numbers that depend on the seed and the shape only, float64."""
+    def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Normal numbers that depend on the seed and the shape only."""
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     def error(self, site: LinearSite, operator: LinearOperator, shift: Tensor | None = None) -> float:
         """``E‖(W − Ŵ) x − shift‖²`` over the calibration inputs; without data the squared Frobenius norm."""
@@ -187,22 +188,29 @@ class LinearPass(Pass):
     def proposals(self, site: LinearSite, context: Context) -> Iterator[Proposal]:
         """Proposals with error and cost; override it where both are known without building."""
         for operator in self.propose(site, context):
+            stored = _like(operator, site)
             yield Proposal(
                 (site.name,),
-                context.error(site, operator),
-                context.price(site, operator),
-                lambda op=operator: {site.name: Replacement(_like(op, site))},
-                label=repr(operator),
+                context.error(site, stored),
+                context.price(site, stored),
+                lambda by=stored: {site.name: Replacement(by)},
+                label=repr(stored),
                 source=self.name,
             )
 
 
 def _like(operator: LinearOperator, site: LinearSite) -> LinearOperator:
-    """The operator in the dtype that the site stores."""
+    """The operator with matrices, and whatever a decomposition left in float64, in the dtype that the site stores."""
     from lrcompile.linop import Dense, map_leaves
+    from lrcompile.linop.tree import own_tensors
 
     dtype = storage_dtype(site.operator)
-    return map_leaves(operator, lambda leaf: Dense(leaf.weight.to(dtype)) if isinstance(leaf, Dense) else leaf)
+
+    def cast(leaf: LinearOperator) -> LinearOperator:
+        wide = {n: t for n, t in own_tensors(leaf) if t.dtype == torch.float64 or isinstance(leaf, Dense)}
+        return dataclasses.replace(leaf, **{n: t.to(dtype) for n, t in wide.items()}) if wide else leaf  # type: ignore
+
+    return map_leaves(operator, cast)
 
 
 def storage_dtype(operator: LinearOperator) -> torch.dtype:
@@ -216,7 +224,8 @@ def parse(text: str, known: Mapping[str, type[Pass]]) -> Pass:
     """``low-rank{metric=plain, align=16}`` as a pass.
 
     Raises:
-        UsageError: unknown pass or option (with the nearest name), or a value of the wrong type.
+        UsageError: unknown pass or option (with the nearest name), a value of the wrong type, an option
+            twice, or none where one is needed.
     """
     name, brace, rest = text.strip().partition("{")
     if name not in known:
@@ -227,21 +236,37 @@ def parse(text: str, known: Mapping[str, type[Pass]]) -> Pass:
     values = {}
     for item in filter(None, (part.strip() for part in rest.removesuffix("}").split(","))):
         key, equals, value = (part.strip() for part in item.partition("="))
-        if key not in cls.options() or not equals:
+        if key not in cls.options():
             raise UsageError(f"unknown option '{key}'", where=name, hint=nearest(key, cls.options()))
+        if not equals or key in values:
+            reason = "is given twice" if equals else "lacks its value"
+            raise UsageError(f"the option '{key}' {reason}", where=name, hint=f"write {name}{{{key}=...}}")
         values[key] = _convert(value, cls.options()[key], f"{name}.{key}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except TypeError as error:  # an option without a default
+        raise UsageError(f"cannot be made: {error}", where=name) from error
 
 
 def _convert(text: str, option: tuple[str, Any], where: str) -> Any:
     kind, default = option
+    if kind.startswith("Literal["):
+        return _one_of(text, re.findall(r"""['"]([^'"]*)['"]""", kind), where)
     try:
+        if text == "None" and "None" in kind:
+            return None
         if "bool" in kind or isinstance(default, bool):
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
-        if isinstance(default, int):
-            return int(text)
-        if isinstance(default, float) or "float" in kind:
+        if "float" in kind or isinstance(default, float):
             return float(text)
+        if re.search(r"\bint\b", kind) or isinstance(default, int):
+            return int(text)
         return text
     except (KeyError, ValueError):
         raise UsageError(f"'{text}' is not {kind}", where=where) from None
+
+
+def _one_of(text: str, known: Sequence[str], where: str) -> str:
+    if text not in known:
+        raise UsageError(f"'{text}' is not one of {', '.join(known)}", where=where, hint=nearest(text, known))
+    return text

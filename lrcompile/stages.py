@@ -11,7 +11,7 @@ from typing import Any
 from lrcompile import verify
 from lrcompile.budget import Budget
 from lrcompile.data import Batches
-from lrcompile.errors import InvalidInputError, LrcompileError, UnsupportedError
+from lrcompile.errors import LrcompileError
 from lrcompile.files import digest
 from lrcompile.graphs.base import Graph, Inputs, Outputs
 from lrcompile.linop import Cost
@@ -82,36 +82,19 @@ def describe_before(run: Run) -> None:
     run.sample = _one_sample(run)
     path: Path | None = getattr(run.graph, "path", None)
     on_disk = sum(file.stat().st_size for file in run.graph.files) or run.graph.nbytes
-    macs = _first_run(run, run.sample) if run.sample is not None else 0
+    macs = run.graph.macs(run.sample) if run.sample is not None else 0
     run.report.before = record.Size(run.graph.parameters, on_disk, macs)
     if path is not None and run.graph.files:
         name = path.name or path.resolve().name
         run.report.input = record.FileInfo(name, digest(path, run.graph.files), on_disk)
 
 
-def _first_run(run: Run, sample: Inputs) -> int:
-    """Multiply–accumulates of a sample, on which the model runs for the first time.
-
-    Raises:
-        InvalidInputError: the model fails on the user's samples, though it would run on others.
-        UnsupportedError: it does not run.
-    """
-    try:
-        return run.graph.macs(sample)
-    except UnsupportedError as error:
-        given = run.calibration is not None or run.evaluation is not None
-        if not given or (run.graph.kind == "onnx" and sample_inputs(run.graph) is None):
-            raise
-        hint = "names, types and values of the samples must be what the model takes"
-        raise InvalidInputError(error.message, where="the samples", hint=hint) from error
-
-
 def _one_sample(run: Run) -> Inputs | None:
     for batches in (run.evaluation, run.calibration):
         if batches is not None:
-            return first_sample(next(iter(batches)))
+            return first_sample(next(iter(batches)), run.graph)
     made = sample_inputs(run.graph, run.options.settings.seed)
-    return None if made is None else first_sample(made)
+    return None if made is None else first_sample(made, run.graph)
 
 
 def describe_calibration(run: Run, *, lossy: bool) -> None:
@@ -184,7 +167,7 @@ def make_plan(run: Run, passes: Sequence[LinearPass], budget: Budget) -> Planned
     planned = plan(run.graph, passes, budget, run.calibration, settings, whole=whole, sample=run.sample, tell=run.tell)
     run.planned = planned
     run.report.notes.extend(planned.notes)
-    run.report.costs = {"scales": planned.scales}
+    run.report.costs = {"curves": {name: vars(curve) for name, curve in planned.curves.items()}}
     for each in passes:
         own = sum(choice.proposal is not None and choice.proposal.source == each.name for choice in planned.choices)
         seconds = round(time.monotonic() - start, 3)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrcompile.calibrate import token_mask
+from lrcompile.calibrate import MASK_NAMES, token_mask
 from lrcompile.errors import GateError, UsageError
 from lrcompile.graphs.base import Inputs, Outputs
 
@@ -64,15 +64,22 @@ class _Sums:
     logits: bool = True
 
     def add(self, reference: Tensor, candidate: Tensor) -> None:
-        self.difference += float((candidate - reference).square().sum())
-        self.norm += float(reference.square().sum())
-        a, b = (value.reshape(-1, value.shape[-1]) if value.ndim else value.reshape(1, 1) for value in (reference, candidate))
-        self.cosine += float(torch.nn.functional.cosine_similarity(a, b, dim=-1).sum())
+        same = reference == candidate  # masked logits may be -inf in both
+        self.difference += float((candidate - reference).masked_fill(same, 0.0).square().sum())
+        self.norm += float(reference.masked_fill(same & reference.isinf(), 0.0).square().sum())
+        self.logits = self.logits and reference.ndim >= 2 and reference.shape[-1] > 1
+        if reference.numel():
+            self._add_rows(*(value.reshape(-1, (1, *value.shape)[-1]) for value in (reference, candidate, same)))
+
+    def _add_rows(self, a: Tensor, b: Tensor, same: Tensor) -> None:
+        equal = same.all(dim=-1)  # two rows of zeros point the same way
+        cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1)
+        self.cosine += float(torch.where(equal, 1.0, cosine).sum())
         self.agreed += float((a.argmax(-1) == b.argmax(-1)).sum())
         log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
-        self.divergence += float((log_a.exp() * (log_a - log_b)).sum())
+        terms = (log_a.exp() * (log_a - log_b)).masked_fill(log_a == -math.inf, 0.0)
+        self.divergence += float(torch.where(equal, 0.0, terms.sum(-1)).sum())
         self.rows += len(a)
-        self.logits = self.logits and reference.ndim >= 2 and reference.shape[-1] > 1
 
     @property
     def relative(self) -> float:
@@ -94,7 +101,8 @@ class DriftMeter:
         Raises:
             GateError: an output is missing or has another shape.
         """
-        mask = token_mask({name: torch.from_numpy(a) for name, a in inputs.items() if a.dtype.kind in "iub"})
+        masks = {name: torch.from_numpy(inputs[name] != 0) for name in MASK_NAMES if name in inputs}
+        mask = token_mask(masks)
         for name, before in reference.items():
             after = candidate.get(name)
             if after is None or after.shape != before.shape:
@@ -104,7 +112,7 @@ class DriftMeter:
                 continue
             sums = self.sums.setdefault(name, _Sums())
             sums.add(*(_real(array, mask) for array in (before, after)))
-        self.samples += len(next(iter(inputs.values()))) if inputs else 0
+        self.samples += max((len(array) for array in inputs.values() if array.ndim), default=1)
 
     def result(self, limit: float | None = None) -> Drift:
         """The drift so far; the worst output decides.
@@ -130,7 +138,12 @@ def _real(array: np.ndarray, mask: Tensor | None) -> Tensor:
 
 
 def measure(
-    reference: Run, candidate: Run, batches: Iterable[Inputs], *, limit: float | None = None, metric: Metric | None = None
+    reference: Run,
+    candidate: Run,
+    batches: Iterable[Inputs],
+    *,
+    limit: float | None = None,
+    metric: Metric | None = None,
 ) -> Drift:
     """Drift of ``candidate`` against ``reference``, one batch in memory at a time.
 

@@ -15,7 +15,7 @@ from lrcompile.graphs.base import Replacement
 from lrcompile.linop import Cost, densify, low_rank
 from lrcompile.rewrite import Context, LinearPass, Proposal, storage_dtype
 from lrcompile.sites import LinearSite
-from lrcompile.spectrum import Spectrum, metric_matrix, spectrum
+from lrcompile.spectrum import Spectrum, metric_matrix, sampling_shrink, spectrum
 
 METRICS = ("whitened", "diagonal", "plain")
 
@@ -29,7 +29,8 @@ class LowRank(LinearPass):
     Options:
         metric: ``whitened`` (the full second moment of the inputs, SVD-LLM), ``diagonal``
             (ASVD's channel scales) or ``plain`` (Frobenius norm; needs no data).
-        shrink: share by which the moments shrink towards their diagonal; more when tokens are few.
+        shrink: share by which the covariances of different input channels shrink towards zero; at
+            least as much as the number of calibration tokens calls for.
         damp: multiple of the mean diagonal added to the moments.
         center: where the layer has a bias, factorise for the deviation from the mean input and
             let the bias carry the rest; exact for the mean.
@@ -79,9 +80,7 @@ class LowRank(LinearPass):
 
     def _analyse(self, site: LinearSite, context: Context) -> Spectrum:
         moments = context.statistics(site)
-        shrink = self.shrink
-        if moments is not None and moments.tokens < 4 * moments.channels:
-            shrink = max(shrink, few_tokens_shrink(moments.tokens, moments.channels))
+        shrink = max(self.shrink, 0.0 if moments is None else sampling_shrink(moments))
         matrix = metric_matrix(
             moments, self.metric, center=self._centered(site), shrink=shrink, damp=self.damp, alpha=self.alpha
         )
@@ -118,7 +117,3 @@ def _price(site: LinearSite, rank: int) -> Cost:
     values = rank * sum(site.shape)
     return Cost(values, values * storage_dtype(site.operator).itemsize, values * len(site.uses))
 
-
-def few_tokens_shrink(tokens: int, channels: int) -> float:
-    """How far moments of few tokens shrink: nothing at four per channel, half at one, almost all at none."""
-    return 1.0 / (1.0 + tokens / max(channels, 1)) if tokens < 4 * channels else 0.0

@@ -14,7 +14,7 @@ BATCH = 64
 def demo(output: str, tell: Progress) -> Answer:
     """Halves the weights of a vision transformer for handwritten digits.
 
-    The gate sees validation digits only; the accuracy is that on test digits, which nothing was chosen by.
+    The gate sees validation digits only; the accuracy is that on test digits, which this compression never sees.
     """
     from lrcompile.api import optimize
     from lrcompile.budget import Budget

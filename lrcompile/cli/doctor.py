@@ -46,7 +46,7 @@ def _package(name: str, hint: str, *, optional: bool) -> dict[str, Any]:
     return _result(name, found, version, "" if found else hint, optional=optional)
 
 
-def _check(name: str, work: Callable[[], str]) -> dict[str, Any]:
+def _check(name: str, work: Callable[[], str | None]) -> dict[str, Any]:
     try:
         return _result(name, True, work())
     except (LrcompileError, OSError, ImportError) as error:

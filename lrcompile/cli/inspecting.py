@@ -33,7 +33,7 @@ def facts(path: Path) -> dict[str, Any]:
         **_structure(graph),
         "parameters": graph.parameters,
         "bytes": disk,
-        "macs": graph.macs(first_sample(sample)) if sample is not None else None,
+        "macs": graph.macs(first_sample(sample, graph)) if sample is not None else None,
         "sites": sites,
     }
 

@@ -9,15 +9,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lrcompile.errors import InvalidInputError, LrcompileError, ResourceError, UsageError, nearest
+from lrcompile.errors import InvalidInputError, LrcompileError, UsageError, nearest, out_of_memory
 from lrcompile.progress import Progress
 
 _STATUS = {5: "gate_failed", 6: "infeasible", 130: "interrupted"}
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "bad allocation", "Failed to allocate memory")
 _READING = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
@@ -48,10 +47,10 @@ class Stop(Exception):
 
 
 def verb(name: str, work: Callable[[Progress], Answer], *, json: bool, debug: bool, quiet: bool = True) -> None:
-    """Runs a verb and says what came of it; with ``json`` whatever else is printed goes to stderr."""
+    """Runs a verb and says what came of it; what others print meanwhile goes to stderr."""
     start = time.monotonic()
     try:
-        with redirect_stdout(sys.stderr) if json else nullcontext(), _progress(quiet) as tell:
+        with redirect_stdout(sys.stderr), _progress(quiet) as tell:
             answer = work(tell)
     except (KeyboardInterrupt, Exception) as error:
         if debug:
@@ -77,22 +76,14 @@ def _typed(error: BaseException) -> LrcompileError:
             return error
         case KeyboardInterrupt():
             known: LrcompileError = _Interrupted("interrupted; nothing was written")
-        case MemoryError():
-            known = _no_memory()
         case OSError():
             known = _system(error)
-        case _ if any(words in str(error) for words in _NO_MEMORY):
-            known = _no_memory()
         case _:
             text = (str(error).splitlines() or [""])[0][:300]
             hint = "this is a bug: run it again with --debug and report the traceback"
-            known = _UnexpectedError(f"{type(error).__name__}: {text}", hint=hint)
+            known = out_of_memory(error) or _UnexpectedError(f"{type(error).__name__}: {text}", hint=hint)
     known.report = getattr(error, "report", None)
     return known
-
-
-def _no_memory() -> ResourceError:
-    return ResourceError("not enough memory", hint="calibrate with fewer samples, or on a larger machine")
 
 
 def _system(error: OSError) -> LrcompileError:
@@ -143,7 +134,15 @@ def _say(error: LrcompileError) -> None:
 
 
 def _print(found: dict[str, Any]) -> None:
-    print(json_format.dumps(found, indent=2, allow_nan=False), flush=True)
+    try:
+        print(json_format.dumps(found, indent=2, allow_nan=False), flush=True)
+    except BrokenPipeError:  # nobody listens any more; what happened stays as it is
+        _mute()
+
+
+def _mute() -> None:
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # -- parsing -----------------------------------------------------------------------------------
@@ -156,8 +155,7 @@ def guard(command: Callable[..., Any], arguments: list[str]) -> int:
     except Stop as stop:
         return stop.code
     except BrokenPipeError:
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _mute()
         return 0
     except (KeyboardInterrupt, Exception) as error:
         return _unparsed(error, command, arguments)
@@ -187,7 +185,7 @@ def _usage(error: Any) -> UsageError:
         hint = nearest(error.option_name, {name for name in known if name.startswith("--")} | {"--help"})
         return UsageError(f"unknown option '{error.option_name}'", hint=hint)
     text = error.format_message()
-    if text.startswith("No such command"):
+    if command is not None and text.startswith("No such command"):
         word = text.split("'")[1]
         return UsageError(f"unknown command '{word}'", hint=nearest(word, command.commands))
     return UsageError(text.rstrip("."), hint=f"{context.command_path if context else 'lrcompile'} --help")

@@ -153,7 +153,7 @@ def _check_output(model: Path, output: Path, force: bool) -> None:
     """
     if output.is_dir() and not model.is_dir():
         raise UsageError("the output is a folder", where=str(output), hint="give the name of a file")
-    if not output.parent.is_dir():
+    if not output.parent.is_dir() and not model.is_dir():
         raise UsageError("there is no such folder", where=str(output.parent), hint="create it first")
     if force:
         return

@@ -66,15 +66,11 @@ class Graph(Protocol):
         """Undoes every replacement since ``mark``."""
         ...
 
-    def observe(
-        self, batches: Iterable[Inputs], sites: Sequence[LinearSite], *, memory: int
-    ) -> Mapping[str, Moments]:
+    def observe(self, batches: Iterable[Inputs], sites: Sequence[LinearSite], *, memory: int) -> Mapping[str, Moments]:
         """Moments of the values that the sites read, keyed by value name."""
         ...
 
-    def probe(
-        self, batches: Iterable[Inputs], changes: Mapping[str, Replacement]
-    ) -> Mapping[str, float]:
+    def probe(self, batches: Iterable[Inputs], changes: Mapping[str, Replacement]) -> Mapping[str, float]:
         """Change of the outputs when each site alone is replaced.
 
         Returns for every site name the squared relative L2 change, summed over float outputs.

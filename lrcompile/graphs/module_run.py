@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompile.data import InputSpec
-from lrcompile.errors import InvalidInputError, LrcompileError, UnsupportedError, nearest
+from lrcompile.errors import InvalidInputError, LrcompileError, nearest, out_of_memory
 from lrcompile.graphs.base import Inputs, Outputs
 
 CACHES = ("past_key_values", "mems", "cache_params")
@@ -57,7 +57,8 @@ def call(model: nn.Module, inputs: Any) -> Any:
     """The model's own result.
 
     Raises:
-        UnsupportedError: the model fails on these inputs.
+        InvalidInputError: the model fails on these inputs.
+        ResourceError: out of memory.
     """
     args, kwargs = bind(model, inputs)
     try:
@@ -68,10 +69,10 @@ def call(model: nn.Module, inputs: Any) -> Any:
         raise
     except Exception as error:  # models raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        raise UnsupportedError(
+        raise out_of_memory(error) or InvalidInputError(
             f"the model fails on these inputs: {reason}",
             where=type(model).__name__,
-            hint="the samples' names must be parameters of forward()",
+            hint="names, types and values of the samples must be what forward() takes",
         ) from error
 
 

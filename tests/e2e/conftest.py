@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``model.onnx`` (two linear layers), ``calib.npz`` and ``eval.npz`` with its input ``x``."""
     folder = tmp_path_factory.mktemp("made")
     built = two_layer_mlp(folder / "model.onnx")
-    np.savez(folder / "calib.npz", **built.example(40, seed=1))
-    np.savez(folder / "eval.npz", **built.example(24, seed=2))
+    np.savez(folder / "calib.npz", x=built.example(40, seed=1)["x"])
+    np.savez(folder / "eval.npz", x=built.example(24, seed=2)["x"])
     return folder
 
 
@@ -33,3 +34,18 @@ def cli(
     monkeypatch.setenv("LRCOMPILE_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("LRCOMPILE_LATENCY_CHECK", "false")
     return Cli(tmp_path, capsys)
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random BERT classifier, saved by transformers, with ``tokens.npz`` beside it."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    sizes: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=64, max_position_embeddings=32, **sizes)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    np.savez(folder / "tokens.npz", input_ids=np.random.default_rng(0).integers(0, 64, (24, 12)))
+    return folder

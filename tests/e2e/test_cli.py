@@ -62,7 +62,7 @@ def test_optimize_says_and_writes_what_is_documented(cli: Cli):
 def test_the_drift_is_the_real_one(cli: Cli):
     found = cli.json("optimize", "model.onnx", "-o", "out.onnx", *BUDGET, "--eval", "eval.npz").json
     inputs = dict(np.load("eval.npz"))
-    a, b = (onnxruntime.InferenceSession(name).run(None, inputs)[0] for name in ("model.onnx", "out.onnx"))
+    a, b = (np.asarray(onnxruntime.InferenceSession(name).run(None, inputs)[0]) for name in ("model.onnx", "out.onnx"))
     assert found["drift"]["relative_l2"] == pytest.approx(np.linalg.norm(b - a) / np.linalg.norm(a), rel=1e-3)
     assert found["drift"]["top1"] == pytest.approx((a.argmax(-1) == b.argmax(-1)).mean())
     stored = sum(np.prod(tensor.dims) for tensor in onnx.load("out.onnx").graph.initializer)

@@ -58,7 +58,8 @@ class Cli:
         """A command as a person types it."""
         self._capsys.readouterr()
         code = run([str(word) for word in words])
-        return Said(code, *self._capsys.readouterr())
+        out, err = self._capsys.readouterr()
+        return Said(code, str(out), str(err))
 
     def json(self, *words: object) -> Said:
         """The same with ``--json``, without progress where the verb has any."""

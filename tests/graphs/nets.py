@@ -58,7 +58,7 @@ def run(proto: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[str, np
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_outputs()]
-    return dict(zip(names, session.run(None, dict(feeds)), strict=True))
+    return {name: np.asarray(value) for name, value in zip(names, session.run(None, dict(feeds)), strict=True)}
 
 
 def built(graph: OnnxGraph) -> onnx.ModelProto:

@@ -25,6 +25,19 @@ def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     return ir.convenience.get_const_tensor(value)
 
 
+def settle(model: ir.Model) -> None:
+    """Makes the weights of a model from before IR version 4 constants, in place.
+
+    There every initializer had to be listed as an input; runtimes take none of them for one.
+    """
+    if model.ir_version >= 4:
+        return
+    for value in list(model.graph.inputs):
+        if value.name in model.graph.initializers:
+            model.graph.inputs.remove(value)
+    model.ir_version = 4
+
+
 def integers(value: ir.Value | None) -> Tensor | None:
     """A constant integer tensor in the type that it is stored in; a Cast between integers is looked through."""
     node = value.producer() if value is not None else None
@@ -129,10 +142,11 @@ def _fingerprint(tensor: Tensor) -> tuple:
 
 def _dequantize_rule(constants: Constants, node: ir.Node) -> LinearOperator | None:
     """Codes (out, in) with a scale per row, or per row and block of columns."""
-    values = [constant(value) for value in node.inputs]
-    if len(values) < 2 or any(tensor is None for tensor in values):
+    values = [tensor for tensor in map(constant, node.inputs) if tensor is not None]
+    if len(values) < 2 or len(values) != len(node.inputs):
         return None
-    codes, scale, zero = (*(to_torch(tensor) for tensor in values if tensor is not None), None)[:3]
+    codes, scale = to_torch(values[0]), to_torch(values[1])
+    zero = to_torch(values[2]) if len(values) > 2 else None
     if codes.ndim != 2 or codes.dtype not in (torch.int8, torch.uint8):
         return None
     axis = node.attributes.get_int("axis", 1) % 2

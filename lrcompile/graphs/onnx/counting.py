@@ -39,11 +39,15 @@ def _shapes(model: ir.Model, given: Mapping[str, Shape]) -> dict[str, Shape]:
     for name, value in list(graph.initializers.items()):
         tensor = constant(value)
         if tensor is not None and tensor.size > 1024:
-            value.type, value.shape, value.const_value = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape), None
+            value.type, value.shape, value.const_value = (
+                ir.TensorType(tensor.dtype),
+                ir.Shape(tensor.shape.numpy()),
+                None,
+            )
             del graph.initializers[name]
             graph.inputs.append(value)
     for value in graph.inputs:
-        if value.name in given:
+        if value.name is not None and value.name in given:
             value.shape = ir.Shape(given[value.name])
     for node in graph:
         for value in node.outputs:
@@ -51,7 +55,7 @@ def _shapes(model: ir.Model, given: Mapping[str, Shape]) -> dict[str, Shape]:
     functions = [function.clone() for function in model.functions.values()]
     proto = ir.to_proto(ir.Model(graph, ir_version=model.ir_version, functions=functions))
     inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
-    found: dict[str, Shape] = {name: tuple(value.shape) for name, value in _constants(model).items()}
+    found: dict[str, Shape] = {name: tuple(tensor.shape.numpy()) for name, tensor in _constants(model).items()}
     for info in (*inferred.value_info, *inferred.input, *inferred.output):
         dims = info.type.tensor_type.shape.dim
         if info.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):

@@ -22,15 +22,16 @@ from lrcompile.data import InputSpec
 from lrcompile.errors import GateError, UnsupportedError, UsageError
 from lrcompile.graphs.base import Inputs, Journal, Outputs, Replacement
 from lrcompile.graphs.onnx import counting, load
-from lrcompile.graphs.onnx.constants import constant, origin
+from lrcompile.graphs.onnx.constants import constant, settle
+from lrcompile.graphs.onnx.grouping import group_key, site_of
 from lrcompile.graphs.onnx.hygiene import cleaned
 from lrcompile.graphs.onnx.naming import site_name, unique
 from lrcompile.graphs.onnx.observe import observe, probe
-from lrcompile.graphs.onnx.raising import Match, Raiser, describe
+from lrcompile.graphs.onnx.raising import Match, Raiser
 from lrcompile.graphs.onnx.session import Session
 from lrcompile.graphs.onnx.tensors import to_torch
-from lrcompile.linop import Dense, LinearOperator, structure, tensors
-from lrcompile.sites import LinearSite, Use
+from lrcompile.linop import Dense, LinearOperator
+from lrcompile.sites import LinearSite
 
 if TYPE_CHECKING:
     import onnx
@@ -63,6 +64,7 @@ class OnnxGraph:
             UnsupportedError: beyond the pre-flight limits.
         """
         model = load.read(Path(path))
+        settle(model)
         load.check_finite(model)
         return cls(model, Path(path))
 
@@ -75,6 +77,7 @@ class OnnxGraph:
             UnsupportedError: beyond the pre-flight limits.
         """
         model = load.from_proto(proto)
+        settle(model)
         load.check_finite(model)
         return cls(model)
 
@@ -86,7 +89,7 @@ class OnnxGraph:
         groups: list[list[Match]] = []
         index: dict[tuple, list[Match]] = {}
         for match in Raiser(self.model.graph).sites():
-            key = _group_key(match)
+            key = group_key(match)
             if key not in index:
                 index[key] = []
                 groups.append(index[key])
@@ -96,7 +99,7 @@ class OnnxGraph:
             first = matches[0]
             compound = not isinstance(first.operator, Dense)
             name = unique(site_name(first.weight, first.nodes[0], compound=compound), taken)
-            sites[name] = (_site(name, matches, self.opset or 0), tuple(matches))
+            sites[name] = (site_of(name, matches, self.opset or 0), tuple(matches))
         return sites
 
     def linear_sites(self) -> Sequence[LinearSite]:
@@ -286,7 +289,7 @@ class OnnxGraph:
             if tensor.dtype == ir.DataType.STRING:
                 digest.update(repr(tensor.numpy().tolist()).encode())
             else:
-                digest.update(memoryview(to_torch(tensor).contiguous().flatten().view(torch.uint8).numpy()))
+                digest.update(to_torch(tensor).contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def verify(self) -> None:
@@ -312,66 +315,3 @@ def _description(node: ir.Node) -> tuple:
     attributes = [(name, "" if attr.type in apart else str(attr)) for name, attr in node.attributes.items()]
     names = [[value.name if value is not None else "" for value in ends] for ends in (node.inputs, node.outputs)]
     return node.domain, node.op_type, names, attributes
-
-
-def _group_key(match: Match) -> tuple:
-    """Equal for matches with the same leaves in the same structure."""
-    places = tuple((tensor.data_ptr(), tensor.stride()) for _, tensor in tensors(match.operator))
-    return (structure(match.operator), places, match.kind == "Conv")
-
-
-def _site(name: str, matches: list[Match], opset: int) -> LinearSite:
-    first = matches[0]
-    uses = tuple(
-        Use(match.nodes[-1].name or str(match.root.name), str(match.source.name), _bias(match)) for match in matches
-    )
-    kind = describe(first)
-    return LinearSite(name, first.operator, uses, first.window, kind, _frozen(matches, opset))
-
-
-def _bias(match: Match) -> Tensor | None:
-    """The constant vector (out,) that a match adds, where it adds one."""
-    tensor, size = constant(match.bias), match.operator.shape[0]
-    if tensor is None or (tensor.size != 1 and (tensor.size != size or tensor.shape[-1] != size)):
-        return None
-    values = to_torch(tensor).reshape(-1).expand(size)
-    return values if match.beta == 1.0 else values * match.beta
-
-
-OLDEST = 7
-"""The operator set from which on Add and Mul broadcast as they do today."""
-
-
-def _frozen(matches: list[Match], opset: int) -> str:
-    """Why the site must stay: somebody else reads a stored matrix of it, or new nodes cannot be written."""
-    if opset < OLDEST:
-        return f"operators of opset {opset} cannot be written, those of {OLDEST} and later can"
-    nodes = {id(node) for match in matches for node in match.nodes}
-    for match in matches:
-        for node in match.nodes:
-            for value in node.inputs[:2]:
-                stored = None if value is None else origin(value)[0]
-                tensor = constant(stored)
-                outsider = "" if tensor is None or len(tensor.shape) < 2 else _outside_reader(stored, nodes)
-                if outsider:
-                    return outsider
-    return ""
-
-
-def _outside_reader(stored: ir.Value | None, nodes: set[int]) -> str:
-    """Who else reads a stored matrix, directly or turned."""
-    waiting = [] if stored is None else [stored]
-    while waiting:
-        value = waiting.pop()
-        if value.is_graph_output():
-            return "its weight is an output of the model"
-        for user, index in value.uses():
-            if id(user) in nodes:
-                continue
-            if user.op_type in ("Transpose", "Identity") and not user.domain:
-                waiting.extend(user.outputs)
-            elif user.op_type == "Gather" and index == 0:
-                return f"its weight is also read row by row, as an embedding, by {user.name or user.op_type}"
-            else:
-                return f"its weight is also read by {user.name or user.op_type}"
-    return ""

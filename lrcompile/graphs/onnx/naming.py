@@ -7,7 +7,10 @@ import re
 
 import onnx_ir as ir
 
-_GENERATED = re.compile(r"^(onnx::|val_|_?t?_?\d+$|[A-Za-z]+_\d+$|const)|(^|/)[A-Z][A-Za-z]*(_\d+)?_output_\d+$")
+_GENERATED = re.compile(
+    r"^(onnx::|val_|_?t?_?\d+$|[A-Za-z]+_\d+$|const(ant)?s?(_\w*)?$)"  # exporters' counters
+    r"|(^|/)[A-Z][A-Za-z]*(_\d+)?_output_\d+$"  # what a node computes
+)
 _PART = re.compile(r"(\.(left|right|term\d+|part\d+))+(_\d+)?$")  # what lowering adds to the name of a site
 _OPERATORS = ("MatMul", "Gemm", "Conv", "linear", "matmul", "addmm", "conv2d", "conv1d", "mm")
 
@@ -27,7 +30,8 @@ def site_name(weight: ir.Value | None, node: ir.Node, *, compound: bool = False)
 
 
 def _from_weight(weight: ir.Value | None) -> str:
-    if weight is None or (weight.producer() is not None and weight.producer().op_type != "Constant"):
+    producer = None if weight is None else weight.producer()
+    if weight is None or (producer is not None and producer.op_type != "Constant"):
         return ""
     name = weight.name or ""
     if not name or _GENERATED.search(name):

@@ -20,7 +20,7 @@ from lrcompile.calibrate import MASK_NAMES, Collector, Moments, groups, token_ma
 from lrcompile.graphs.base import Inputs, Replacement
 from lrcompile.graphs.onnx.constants import constant
 from lrcompile.graphs.onnx.raising import Match
-from lrcompile.graphs.onnx.session import Session
+from lrcompile.graphs.onnx.session import Session, runnable
 from lrcompile.graphs.onnx.splice import Splicer, Tape, add_bias
 from lrcompile.graphs.onnx.tensors import from_torch
 from lrcompile.linop import LinearOperator, apply, densify
@@ -35,6 +35,11 @@ Pairs = Mapping[str, tuple[LinearSite, tuple[Match, ...]]]
 def tensors_of(inputs: Inputs) -> dict[str, Tensor]:
     """Inputs as tensors, by reference where numpy's type has a torch twin."""
     return {name: torch.from_numpy(np.asarray(array)) for name, array in inputs.items() if array.dtype.kind in "fiub"}
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """An array as a tensor; bfloat16 (a graph input, as the user feeds it) becomes float32."""
+    return torch.from_numpy(runnable(array))
 
 
 def release() -> None:
@@ -91,16 +96,14 @@ def _prune(graph: ir.Graph) -> None:
             del graph.initializers[name]
 
 
-def _collect(
-    collector: Collector, session: Session, batch: Inputs, readers: Mapping[str, tuple[Match, ...]]
-) -> int:
+def _collect(collector: Collector, session: Session, batch: Inputs, readers: Mapping[str, tuple[Match, ...]]) -> int:
     """Adds a batch; returns the bytes of what was observed."""
     values = {**batch, **session.run(batch)}
     samples = _samples(batch)
     mask = token_mask(tensors_of(batch))
     for key, matches in readers.items():
         for match in matches:
-            rows = site_rows(torch.from_numpy(values[str(match.source.name)]), match, mask)
+            rows = site_rows(_tensor(values[str(match.source.name)]), match, mask)
             collector.add(key, rows, samples)
     return sum(array.nbytes for array in values.values())
 
@@ -211,9 +214,11 @@ def _values(graph: ir.Graph) -> Iterable[ir.Value]:
 
 
 def _energy(array: np.ndarray, mask: Tensor | None) -> float:
-    tensor = torch.from_numpy(np.ascontiguousarray(array)).double()
+    tensor = _tensor(array).double()
     if mask is not None and tensor.shape[: mask.ndim] == mask.shape:
         tensor = tensor[mask]
+    elif mask is not None and tensor.ndim == 2 and len(tensor) == mask.numel():  # tokens of all samples in a row
+        tensor = tensor[mask.flatten()]
     return float(tensor.square().sum())
 
 
@@ -283,7 +288,7 @@ def _changed_outputs(
         suffix.session = _suffix_session(model, suffix, matches, dense)
     feeds = dict(dense)
     for match in matches:
-        delta = _delta(torch.from_numpy(dense[str(match.source.name)]), match, site.operator, change)
+        delta = _delta(_tensor(dense[str(match.source.name)]), match, site.operator, change)
         root = dense[str(match.root.name)]
         feeds[str(match.root.name)] = (root + delta.numpy()).astype(root.dtype)
     return suffix.session.run(feeds)

@@ -207,7 +207,7 @@ def _kernel(raiser: Raiser, weight: ir.Value | None) -> tuple[tuple[int, ...], L
     """Shape of a kernel, and the matrix that it is where its window is a single place."""
     tensor = constant(weight)
     if tensor is not None and len(tensor.shape) >= 3 and tensor.dtype in FLOATS:
-        shape = tuple(int(size) for size in tensor.shape)
+        shape = tuple(tensor.shape.numpy())
         single = all(size == 1 for size in shape[2:])
         return shape, raiser.constants.matrix(to_torch(tensor).reshape(shape[:2])) if single else None
     node = None if weight is None else weight.producer()

@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from lrcompile.files import AtomicSet
+from lrcompile.graphs.onnx.tensors import embed
 
 MESSAGE_LIMIT = 2**31 - 2**20
 """Protobuf cannot hold more than 2 GiB; larger models keep their weights in a data file."""
@@ -60,7 +61,7 @@ def _write_model(model: ir.Model, stream: BinaryIO, outside: dict[str, tuple[str
     for value in bare.graph.initializers.values():
         value.const_value = None
     bare.graph.initializers.clear()
-    _embed(bare)
+    embed(bare)
     message = ir.to_proto(bare)
     graph = message.graph.SerializeToString(deterministic=True)
     message.ClearField("graph")
@@ -77,22 +78,6 @@ def _write_model(model: ir.Model, stream: BinaryIO, outside: dict[str, tuple[str
                 stream.write(piece)
 
 
-def _embed(model: ir.Model) -> None:
-    """Takes external constants of nodes and bodies into the message: their data file stays behind."""
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = _in_memory(value.const_value)
-        for node in graph:
-            for name, attribute in list(node.attributes.items()):
-                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
-                    node.attributes[name] = ir.AttrTensor(name, _in_memory(attribute.value))
-
-
-def _in_memory(tensor: ir.ExternalTensor) -> ir.Tensor:
-    return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name, doc_string=tensor.doc_string)
-
-
 def _head(name: str, value: ir.Value, outside: dict[str, tuple[str, int, int]]) -> tuple[bytes, int]:
     """A tensor's message without its raw bytes, and how many of those follow."""
     tensor = value.const_value
@@ -100,7 +85,7 @@ def _head(name: str, value: ir.Value, outside: dict[str, tuple[str, int, int]]) 
         raise ValueError(f"initializer {name} has no value")
     if tensor.dtype == ir.DataType.STRING:
         return ir.serde.serialize_tensor(tensor).SerializeToString(deterministic=True), 0
-    proto = onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=[int(size) for size in tensor.shape])
+    proto = onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=tensor.shape.numpy())
     if tensor.doc_string:
         proto.doc_string = tensor.doc_string
     for key, text in sorted(tensor.metadata_props.items()):

@@ -14,8 +14,9 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from lrcompile.errors import LrcompileError, UnsupportedError
+from lrcompile.errors import InvalidInputError, LrcompileError, UnsupportedError, out_of_memory
 from lrcompile.graphs.onnx.constants import FLOATS, constant
+from lrcompile.graphs.onnx.tensors import embed
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -110,6 +111,7 @@ class Session:
         self.outputs = [str(value.name) for value in graph.outputs]
         functions = [function.clone() for function in like.functions.values()]
         model = ir.Model(graph, ir_version=like.ir_version, functions=functions)
+        embed(model)
         chosen = options(threads)
         chosen.enable_cpu_mem_arena = False  # the arena would keep the largest intermediate of each session
         chosen.add_session_config_entry("session.intra_op.allow_spinning", "0")  # dozens of sessions share the cores
@@ -119,17 +121,16 @@ class Session:
         """Outputs by name; ``feeds`` may hold more than the session reads.
 
         Raises:
-            UnsupportedError: ONNX Runtime fails on these inputs.
+            InvalidInputError: ONNX Runtime fails on these inputs.
+            ResourceError: out of memory.
         """
-        import onnxruntime
-
         values = dict(self.weights)
         for name in self.inputs:
             if name in self.defaults and name not in feeds:
                 continue
             feed = feeds[str(name)]
             if isinstance(feed, np.ndarray):
-                feed = onnxruntime.OrtValue.ortvalue_from_numpy(_runnable(feed))
+                feed = _ort_value(runnable(feed))
             values[str(name)] = feed
         wanted = list(self.outputs if names is None else names)
         try:
@@ -137,8 +138,13 @@ class Session:
         except LrcompileError:
             raise
         except Exception as error:  # as above
-            raise UnsupportedError(f"ONNX Runtime fails on these inputs: {first_line(error)}") from error
-        return {name: result.numpy() for name, result in zip(wanted, results, strict=True)}
+            raise _failed(error) from error
+        odd = next((name for name, result in zip(wanted, results, strict=True) if not result.is_tensor()), None)
+        if odd is not None:
+            raise UnsupportedError("sequences, maps and missing values cannot be compared", where=odd)
+        # an output that is an input as well lies in the feed's memory, which may be gone when it is read
+        pairs = zip(wanted, results, strict=True)
+        return {name: np.array(result.numpy(), copy=True if name in values else None) for name, result in pairs}
 
 
 class FileSession:
@@ -153,19 +159,38 @@ class FileSession:
         """Outputs by name.
 
         Raises:
-            UnsupportedError: ONNX Runtime fails on these inputs.
+            InvalidInputError: ONNX Runtime fails on these inputs.
+            ResourceError: out of memory.
         """
         try:
             results = self.session.run(None, {name: inputs[name] for name in self.inputs})
         except Exception as error:  # onnxruntime raises half a dozen unrelated types
-            raise UnsupportedError(f"ONNX Runtime fails on these inputs: {first_line(error)}") from error
+            raise _failed(error) from error
         return dict(zip(self.outputs, results, strict=True))
 
 
-def _runnable(array: np.ndarray) -> np.ndarray:
+def _failed(error: Exception) -> LrcompileError:
+    """What a failed run means: a session was made, so the operators are there, and the values are at fault."""
+    hint = "the values must be what the model takes, such as token numbers within its table"
+    return out_of_memory(error) or InvalidInputError(
+        f"ONNX Runtime fails on these inputs: {first_line(error)}", hint=hint
+    )
+
+
+def runnable(array: np.ndarray) -> np.ndarray:
+    """The array as ONNX Runtime and torch take it: contiguous, bfloat16 as float32."""
     if array.dtype == ml_dtypes.bfloat16:
         return array.astype(np.float32)
     return np.ascontiguousarray(array)
+
+
+def _ort_value(array: np.ndarray) -> onnxruntime.OrtValue:
+    import onnxruntime
+
+    try:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    except Exception as error:  # strings, and floats and integers of less than a byte
+        raise UnsupportedError(f"ONNX Runtime takes no arrays of type {array.dtype}") from error
 
 
 def _take_constants(graph: ir.Graph) -> dict[str, ir.TensorProtocol]:
@@ -179,7 +204,7 @@ def _take_constants(graph: ir.Graph) -> dict[str, ir.TensorProtocol]:
             continue
         taken[name] = tensor
         value.dtype = tensor.dtype
-        value.shape = ir.Shape(tensor.shape)
+        value.shape = ir.Shape(tensor.shape.numpy())
         value.const_value = None
         del graph.initializers[name]
         graph.inputs.append(value)

@@ -49,7 +49,7 @@ class Tape:
     def constant(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
         """An initializer; the name is made unique in the graph."""
         label = unique(name, self.taken, "_")
-        value = ir.Value(name=label, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype))
+        value = ir.Value(name=label, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype))
         value.const_value = tensor
         self.graph.register_initializer(value)
         return value
@@ -134,8 +134,8 @@ class Splicer:
         key = (match.bias, beta, None if shift is None else id(shift), rank)
         if key not in self._biases:
             stored = constant(match.bias)
-            parts = [] if stored is None else [to_torch(stored).double() * beta]
-            total = sum(parts if shift is None else [*parts, shift.double()]).to(path_dtype(match))
+            total = torch.zeros((), dtype=torch.float64) if stored is None else to_torch(stored).double() * beta
+            total = (total if shift is None else total + shift.double()).to(path_dtype(match))
             shaped = total.reshape(-1, *[1] * rank) if rank else total
             self._biases[key] = tape.constant(from_torch(shaped.contiguous()), f"{tape.prefix}.bias")
         return self._biases[key]

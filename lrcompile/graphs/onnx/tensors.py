@@ -102,6 +102,23 @@ def from_torch(tensor: torch.Tensor, name: str | None = None) -> ir.Tensor:
     return ir.Tensor(bits.numpy().view(dtype.numpy()), dtype=dtype, name=name)
 
 
+def embed(model: ir.Model) -> None:
+    """Reads what is still external into memory, in place: a message that goes elsewhere cannot refer to its data."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = _in_memory(value.const_value)
+        for node in graph:
+            for name, attribute in list(node.attributes.items()):
+                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                    node.attributes[name] = ir.AttrTensor(name, _in_memory(attribute.value))
+
+
+def _in_memory(tensor: ir.ExternalTensor) -> ir.Tensor:
+    content = np.array(_map(tensor)) if tensor.dtype not in _SMALL_INTEGERS else tensor.numpy().copy()
+    return ir.Tensor(content, dtype=tensor.dtype, name=tensor.name, doc_string=tensor.doc_string)
+
+
 def _map(tensor: ir.ExternalTensor) -> np.ndarray:
     """A private, writable mapping of external data (a mapping that is only readable makes torch warn)."""
     shape, dtype = tensor.shape.numpy(), tensor.dtype.numpy()
