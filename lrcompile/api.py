@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lrcompile.budget import Budget
+from lrcompile.choices import Planned
 from lrcompile.options import Options
 from lrcompile.pipeline import Pipeline, Result
-from lrcompile.planning import Planned
 from lrcompile.progress import Progress
 from lrcompile.registry import load
 from lrcompile.report import Report

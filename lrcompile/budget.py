@@ -71,7 +71,7 @@ class Budget:
         """Whether anything must become smaller."""
         return any(getattr(self, name) is not None for name in COSTS)
 
-    def limits(self, before: Sequence[float], fixed: Sequence[float]) -> np.ndarray:
+    def limits(self, before: Sequence[float] | np.ndarray, fixed: Sequence[float] | np.ndarray) -> np.ndarray:
         """Limits on the candidates' summed costs, inf where there is none.
 
         Args:
@@ -147,7 +147,7 @@ class _Table(NamedTuple):
 
     def check(self, names: Sequence[str]) -> None:
         least = self.costs.min(axis=1).sum(axis=0)
-        for index in np.flatnonzero(least > self.bound):
+        for index in map(int, np.flatnonzero(least > self.bound)):
             raise InfeasibleError(
                 f"even the smallest candidates together exceed the limit on {names[index]}",
                 where=names[index],

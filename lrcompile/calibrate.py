@@ -7,7 +7,7 @@ whoever needs them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from lrcompile.errors import InvalidInputError
 
 MASK_NAMES = ("attention_mask", "input_mask", "padding_mask", "mask")
 """Input names that are taken for a token mask (1 = a real token) of shape (batch, tokens)."""
+
+TOGETHER = 1024
+"""Vectors that a Gram matrix takes at once."""
 
 
 @dataclass(eq=False)
@@ -48,7 +51,8 @@ class Moments:
     @classmethod
     def zeros(cls, channels: int) -> Moments:
         """Empty moments of a value with ``channels`` channels."""
-        return cls(torch.zeros(channels, channels), *(torch.zeros(channels) for _ in range(3)))
+        total, absolute, absmax = (torch.zeros(channels) for _ in range(3))
+        return cls(torch.zeros(channels, channels), total, absolute, absmax)
 
     @property
     def channels(self) -> int:
@@ -66,9 +70,10 @@ class Moments:
         """
         rows = rows.detach().to("cpu", torch.float32).contiguous()
         self._accumulate(rows)
-        self.total += rows.sum(0)
+        ones = torch.ones(len(rows))
+        self.total = self.total + ones @ rows  # not in place: these may be tensors of inference mode
         magnitude = rows.abs()
-        self.absolute += magnitude.sum(0)
+        self.absolute = self.absolute + ones @ magnitude
         if len(rows):
             self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
         self.tokens += len(rows)
@@ -81,7 +86,7 @@ class Moments:
 
         BLAS counts columns first, so both arrays are handed over as their transposes, in place.
         """
-        from scipy.linalg.blas import ssyrk
+        from scipy.linalg.blas import ssyrk  # pyright: ignore[reportAttributeAccessIssue] - made at import
 
         if len(rows):
             sums = ssyrk(1.0, rows.numpy().T, beta=1.0, c=self._gram.numpy().T, lower=0, overwrite_c=1)
@@ -151,22 +156,49 @@ def token_rows(value: Tensor, mask: Tensor | None, *, channel_axis: int = -1) ->
     return value.reshape(-1, value.shape[-1])
 
 
-@dataclass(eq=False)
 class Collector:
-    """Moments of many values at once, created when a value is first seen."""
+    """Moments of many values at once.
 
-    moments: dict[str, Moments] = field(default_factory=dict)
+    Vectors wait until there are enough of them: a Gram matrix takes one large product in a fraction of the
+    time of many small ones.
+    """
+
+    def __init__(self) -> None:
+        self._moments: dict[str, Moments] = {}
+        self._waiting: dict[str, list[Tensor]] = {}
 
     def add(self, name: str, rows: Tensor, samples: int) -> None:
-        """Adds vectors of the value ``name``.
+        """Adds vectors of the value ``name``; they are not copied before they are used.
 
         Raises:
             InvalidInputError: NaN or infinity; the error names the value.
         """
-        if name not in self.moments:
-            self.moments[name] = Moments.zeros(rows.shape[-1])
+        moments = self._moments.setdefault(name, Moments.zeros(rows.shape[-1]))
+        moments.samples += samples
+        waiting = self._waiting.setdefault(name, [])
+        waiting.append(rows)
+        if sum(map(len, waiting)) >= TOGETHER:
+            self._flush(name)
+
+    @property
+    def moments(self) -> dict[str, Moments]:
+        """Everything so far, by name.
+
+        Raises:
+            InvalidInputError: as for :meth:`add`.
+        """
+        for name in self._waiting:
+            self._flush(name)
+        return self._moments
+
+    def _flush(self, name: str) -> None:
+        waiting = self._waiting[name]
+        if not waiting:
+            return
+        rows = waiting[0] if len(waiting) == 1 else torch.cat([part.float() for part in waiting])
+        waiting.clear()
         try:
-            self.moments[name].update(rows, samples)
+            self._moments[name].update(rows)
         except InvalidInputError as error:
             raise InvalidInputError(error.message, where=name, hint="look for extreme values in its inputs") from None
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from lrcompile import measure, verify
-from lrcompile.budget import Budget, quantity
+from lrcompile.budget import COSTS, Budget, quantity
+from lrcompile.choices import Choice, Planned
 from lrcompile.errors import GateError
 from lrcompile.files import AtomicSet, sha256
 from lrcompile.graphs.base import Graph
 from lrcompile.linop import show
 from lrcompile.lowering import Runnable
-from lrcompile.planning import Choice, Planned
 from lrcompile.report import html_text, json_text, record
 from lrcompile.stages import Run
 
@@ -26,6 +26,23 @@ SLOWER = 1.02
 def target_of(graph: Graph, out: Path | None) -> Path | None:
     """The file that a run publishes: ``out``, or the artefact's index inside a folder."""
     return out if out is None or graph.kind == "onnx" else out / "lrcompile.json"
+
+
+def missing(run: Run, built: Runnable, files: AtomicSet | None, budget: Budget) -> np.ndarray:
+    """(limits,) how much more room each limit needs than the allocator thought; 0 where the limit holds.
+
+    What files hold beside tensors is not known before they are written, and a site whose pass broke its
+    promise is larger than planned.
+    """
+    planned, before = run.planned, run.report.before
+    if planned is None or before is None:
+        return np.zeros(len(COSTS))
+    macs = built.macs(run.sample) if budget.macs is not None and run.sample is not None else 0
+    on_disk = built.nbytes if files is None else files.nbytes
+    got = np.array([planned.after.parameters, on_disk, macs], dtype=float)
+    whole = np.array([planned.before.parameters, before.bytes, before.macs], dtype=float)
+    over = got - budget.limits(whole, np.zeros(len(COSTS)))
+    return np.where(over > 1e-9 * whole, np.maximum(got - planned.expected, over), 0.0)
 
 
 def gate(run: Run, built: Runnable, budget: Budget) -> None:
@@ -55,7 +72,7 @@ def gate(run: Run, built: Runnable, budget: Budget) -> None:
     )
     if not passed:
         run.report.status = "gate_failed"
-        run.report.budget = reached(run, built, budget)
+        run.report.budget = reached(run, budget)
         verify.require(drift)
 
 
@@ -89,7 +106,7 @@ def _timed(
         return before, after, None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "feeds.npz"
-        np.savez(path, **feeds)
+        np.savez(path, allow_pickle=False, **feeds)
         timing = measure.time_files([source, result], path, seconds=run.options.seconds)
         peaks = [measure.peak_memory(file, path) for file in (source, result)]
     if timing is None:
@@ -106,7 +123,9 @@ def _feeds(run: Run) -> dict[str, np.ndarray] | None:
     """Inputs for timing: the first batch of held-out samples."""
     if run.evaluation is not None:
         batch = next(iter(run.evaluation))
-        return {name: array[: run.options.latency_batch] for name, array in batch.items()}
+        wanted = run.options.latency_batch
+        fixed = any(isinstance(spec.shape[0], int) for spec in run.graph.input_specs if spec.shape)
+        return {name: array if fixed or not array.ndim else array[:wanted] for name, array in batch.items()}
     return None if run.sample is None else dict(run.sample)
 
 
@@ -117,18 +136,18 @@ def refuse_growth(run: Run, budget: Budget) -> None:
         GateError: it is, and the user did not ask for it.
     """
     ratio = run.report.ratio
+    run.report.budget = reached(run, budget)
     if ratio is None or run.options.force_growth:
         return
-    larger = ratio.bytes is not None and ratio.bytes > 1 and (run.report.after or ratio) is not None
+    larger = ratio.bytes is not None and ratio.bytes > 1
     slower = ratio.latency_low is not None and ratio.latency_low > SLOWER
     if (larger and run.report.input is not None) or slower:
         run.report.status = "gate_failed"
         what = f"{ratio.bytes:.3f} times the bytes" if larger else f"{ratio.latency:.3f} times the latency"
         raise GateError(f"the result has {what} of the original", hint="--force-growth publishes it all the same")
-    run.report.budget = reached(run, None, budget)
 
 
-def reached(run: Run, built: Runnable | None, budget: Budget) -> dict[str, record.BudgetLine]:
+def reached(run: Run, budget: Budget) -> dict[str, record.BudgetLine]:
     """Every limit with what the result reaches."""
     after, planned = run.report.after, run.planned
     keep = planned.after.parameters / planned.before.parameters if planned and planned.before.parameters else None
@@ -143,8 +162,8 @@ def reached(run: Run, built: Runnable | None, budget: Budget) -> dict[str, recor
         target = quantity(getattr(budget, name), name)
         if target is None:
             continue
-        before = getattr(run.report.before, name, None)
-        share = name in ("bytes", "macs") and target <= 1 and before
+        before = float(getattr(run.report.before, name, None) or 0)
+        share = name in ("bytes", "macs") and target <= 1 and before > 0
         lines[name] = record.BudgetLine(target, value / before if share and value is not None else value)
     return lines
 
@@ -152,9 +171,10 @@ def reached(run: Run, built: Runnable | None, budget: Budget) -> dict[str, recor
 def decide(run: Run, planned: Planned | None) -> None:
     """Decisions of all sites, in the graph's order, with the counts of what happened."""
     report = run.report
+    report.decisions, report.spectra = [], []
     choices = {choice.site.name: choice for choice in planned.choices} if planned is not None else {}
     touched = getattr(run.graph, "replacements", {})
-    counts = dict.fromkeys(record.SITES, 0)
+    counts: dict[str, int] = dict.fromkeys(record.SITES, 0)
     for site in run.graph.linear_sites():
         choice = choices.get(site.name)
         rewritten = site.name in touched or (choice is not None and choice.proposal is not None)
@@ -166,16 +186,28 @@ def decide(run: Run, planned: Planned | None) -> None:
             rank = None if choice.proposal is None else choice.proposal.rank
             report.spectra.append(record.Spectrum.of(site.name, choice.tails, rank))
     report.sites = counts
+
+
+def conclude(run: Run) -> None:
+    """What the report says once nothing is chosen any more: decisions, passes, what stood aside."""
+    decide(run, run.planned)
+    if run.planned is not None:
+        choices = run.planned.choices
+        for each in run.linear:
+            own = sum(choice.proposal is not None and choice.proposal.source == each.name for choice in choices)
+            seconds = round(run.planning, 3)
+            run.report.passes.append(record.PassRecord(str(each), False, own, len(choices) - own, None, seconds))
     subgraphs = getattr(run.graph, "subgraph_weights", list)()
     if subgraphs:
-        report.notes.append(f"{len(subgraphs)} weights inside If, Loop or Scan bodies pass through unchanged")
+        run.report.notes.append(f"{len(subgraphs)} weights inside If, Loop or Scan bodies pass through unchanged")
 
 
 def _decision(site: Any, choice: Choice | None, touched: dict) -> record.Decision:
     structure = show(site.operator)
     if choice is None or choice.proposal is None:
-        if choice is None and site.name in touched:
-            return record.Decision(site.name, site.shape, "exact", structure, None, None, None, "loses nothing")
+        if site.name in touched:
+            keep = None if choice is None else choice.held.parameters / choice.before.parameters
+            return record.Decision(site.name, site.shape, "exact", structure, keep, None, None, "loses nothing")
         reason = choice.reason if choice is not None else site.frozen or "no budget was given"
         return record.Decision(site.name, site.shape, None, structure, 1.0, 0.0, 0.0, reason)
     proposal = choice.proposal

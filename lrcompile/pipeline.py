@@ -13,18 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lrcompile import outcome, stages
-from lrcompile.budget import Budget, quantity
+from lrcompile.budget import COSTS, Budget, quantity
+from lrcompile.choices import Planned
 from lrcompile.errors import InfeasibleError, LrcompileError, UsageError
 from lrcompile.files import AtomicSet, made_folder
 from lrcompile.graphs.base import Graph
 from lrcompile.lowering import Runnable
 from lrcompile.options import Options
-from lrcompile.planning import Planned
 from lrcompile.progress import Progress
 from lrcompile.registry import EXACT, backend_for, load
 from lrcompile.report import record
 from lrcompile.rewrite import Context, GraphPass, LinearPass, Pass
+
+ROUNDS = 8
+"""How often a result that misses its limits is chosen again."""
 
 
 @dataclass(eq=False)
@@ -102,10 +107,7 @@ class Pipeline:
         graph = open_graph(graph)
         run = self._prepare(graph, calibration, evaluation, tell, "optimize")
         try:
-            rewrites = self._exact(run)
-            if self.budget.limited:
-                rewrites += stages.install(run, self._planned(run))
-            return self._finish(run, rewrites, Path(out) if out is not None else None, start)
+            return self._rewrite(run, Path(out) if out is not None else None, start)
         except LrcompileError as error:
             _stopped(error, run, self.budget, start)
             raise
@@ -130,13 +132,30 @@ class Pipeline:
         except LrcompileError as error:
             _stopped(error, run, self.budget, start)
             raise
-        outcome.decide(run, planned)
+        outcome.conclude(run)
         outcome.predict(run, planned)
-        run.report.budget = outcome.reached(run, None, self.budget)
+        run.report.budget = outcome.reached(run, self.budget)
         run.report.seconds = time.monotonic() - start
         return planned, run.report
 
     # -- steps -----------------------------------------------------------------------------
+
+    def _rewrite(self, run: stages.Run, out: Path | None, start: float) -> Result:
+        rewrites, mark = self._exact(run), run.graph.journal.mark()
+        planned = self._planned(run) if self.budget.limited else None
+        reserve = np.zeros(len(COSTS))
+        rounds = 0
+        while rounds < ROUNDS:
+            wanted = 0 if planned is None else sum(choice.proposal is not None for choice in planned.choices)
+            count = 0 if planned is None else stages.install(run, planned)
+            try:
+                return self._finish(run, rewrites + count, out, start)
+            except _MissedError as missed:
+                run.graph.rollback(mark)
+                if count == wanted:  # else it is enough to choose without what was taken back
+                    reserve, rounds = np.maximum(reserve, missed.room) + 0.1 * missed.room, rounds + 1
+                planned = run.planned = missed.planned.again(reserve)
+        raise InfeasibleError("the result keeps missing its limits", hint="relax them a little")
 
     def _prepare(self, graph: Graph, calibration: Any, evaluation: Any, tell: Progress | None, verb: str) -> stages.Run:
         data, held = stages.samples(graph, calibration, evaluation, needs_held=verb == "optimize")
@@ -173,17 +192,21 @@ class Pipeline:
 
     def _finish(self, run: stages.Run, rewrites: int, out: Path | None, start: float) -> Result:
         report = run.report
-        outcome.decide(run, run.planned)
         if not rewrites:
+            built = run.backend.build(run.graph)
+            self._check_limits(run, built, None)
+            outcome.conclude(run)
             report.status = "unchanged"
             report.seconds = time.monotonic() - start
-            return Result(run.graph, run.backend.build(run.graph), report)
+            return Result(run.graph, built, report)
         source = getattr(run.graph, "path", None)
         target = outcome.target_of(run.graph, out)
         files = AtomicSet(target, inputs=[source] if source else [], force=self.options.force) if target else None
         folder = target.parent if target is not None and target != out else None
         with made_folder(folder) if folder else nullcontext(), files or nullcontext():
             built = run.backend.build(run.graph, out=files)
+            self._check_limits(run, built, files)
+            outcome.conclude(run)
             outcome.gate(run, built, self.budget)
             outcome.describe_after(run, built, files)
             outcome.refuse_growth(run, self.budget)
@@ -192,6 +215,20 @@ class Pipeline:
                 outcome.write_reports(run, files)
             built.release()
         return Result(run.graph, built, report, target)
+
+    def _check_limits(self, run: stages.Run, built: Runnable, files: AtomicSet | None) -> None:
+        room = outcome.missing(run, built, files, self.budget)
+        if room.any() and run.planned is not None:
+            raise _MissedError(run.planned, room)
+
+
+class _MissedError(Exception):
+    """A built result exceeds limits; it is taken back and chosen again with ``room`` to spare."""
+
+    def __init__(self, planned: Planned, room: np.ndarray) -> None:
+        super().__init__("the result exceeds its limits")
+        self.planned = planned
+        self.room = room
 
 
 def _stopped(error: LrcompileError, run: stages.Run, budget: Budget, start: float) -> None:

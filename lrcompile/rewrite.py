@@ -141,7 +141,9 @@ class Pass(ABC):
     @classmethod
     def options(cls) -> dict[str, tuple[str, Any]]:
         """Every option with its type and default."""
-        return {f.name: (str(f.type), _default(f)) for f in dataclasses.fields(cls)} if _is_data(cls) else {}
+        if not dataclasses.is_dataclass(cls):
+            return {}
+        return {f.name: (str(f.type), _default(f)) for f in dataclasses.fields(cls)}
 
     def __str__(self) -> str:
         if not _is_data(type(self)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -58,3 +58,36 @@ def first_sample(inputs: Inputs, graph: Graph) -> dict[str, np.ndarray]:
 def unmasked(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The same inputs with every token mask set to ones: padding is computed like any token."""
     return {name: np.ones_like(array) if name in MASK_NAMES else array for name, array in inputs.items()}
+
+
+class Thinned:
+    """Batches spread evenly over the data, with about ``limit`` tokens together; all of them where they are fewer.
+
+    Tokens are counted by the token mask where there is one, else by the first two axes of integer inputs (ids)
+    and by the first axis of everything else.
+    """
+
+    def __init__(self, data: Iterable[Inputs], limit: int) -> None:
+        self.data = data
+        counts = [_tokens(batch) for batch in data]
+        share = min(1.0, limit / max(sum(counts), 1))
+        self.taken = [int((index + 1) * share) > int(index * share) for index in range(len(counts))]
+
+    @property
+    def batches(self) -> int:
+        """Number of batches that an iteration yields."""
+        return sum(self.taken)
+
+    def __iter__(self) -> Iterator[Inputs]:
+        for batch, taken in zip(self.data, self.taken, strict=True):
+            if taken:
+                yield batch
+
+
+def _tokens(batch: Inputs) -> int:
+    for name in MASK_NAMES:
+        if name in batch and batch[name].ndim == 2:
+            return int(np.count_nonzero(batch[name]))
+    sizes = (array.shape[0] * (array.shape[1] if array.ndim == 2 and array.dtype.kind in "iu" else 1)
+             for array in batch.values() if array.ndim)  # fmt: skip
+    return max(sizes, default=1)

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lrcompile import verify
 from lrcompile.budget import Budget
+from lrcompile.choices import Choice, Planned
 from lrcompile.data import Batches
-from lrcompile.errors import LrcompileError
+from lrcompile.errors import LrcompileError, ResourceError
 from lrcompile.files import digest
 from lrcompile.graphs.base import Graph, Inputs, Outputs
 from lrcompile.linop import Cost
 from lrcompile.lowering import Backend
 from lrcompile.options import Options
-from lrcompile.planning import Choice, Planned, plan
+from lrcompile.planning import plan
 from lrcompile.progress import Progress
 from lrcompile.report import machine, record, versions
-from lrcompile.rewrite import Context, GraphPass, LinearPass, Refused, Rewritten
+from lrcompile.rewrite import Context, GraphPass, LinearPass, Outcome, Proposal, Refused, Rewritten
 from lrcompile.samples import first_sample, sample_inputs
+from lrcompile.sites import LinearSite
 
 
 @dataclass(eq=False)
@@ -37,6 +39,9 @@ class Run:
     evaluation: Batches | None
     planned: Planned | None = None
     sample: Inputs | None = None
+    stored: int = 0  # bytes of the tensors of the model as it came
+    linear: Sequence[LinearPass] = ()
+    planning: float = 0.0  # seconds
 
 
 def new_report(verb: Any, options: Options, budget: Budget) -> record.Report:
@@ -81,7 +86,8 @@ def describe_before(run: Run) -> None:
     """Size and file of the model as it came; its MACs on one sample."""
     run.sample = _one_sample(run)
     path: Path | None = getattr(run.graph, "path", None)
-    on_disk = sum(file.stat().st_size for file in run.graph.files) or run.graph.nbytes
+    run.stored = run.graph.nbytes
+    on_disk = sum(file.stat().st_size for file in run.graph.files) or run.stored
     macs = run.graph.macs(run.sample) if run.sample is not None else 0
     run.report.before = record.Size(run.graph.parameters, on_disk, macs)
     if path is not None and run.graph.files:
@@ -122,9 +128,10 @@ def apply_exact(run: Run, passes: Sequence[GraphPass], context: Context) -> int:
     for each in passes:
         run.tell(each.name)
         start, mark = time.monotonic(), run.graph.journal.mark()
-        outcomes = each.apply(run.graph, context)
+        outcomes, reason = _applied(each, run.graph, context)
         done = [outcome for outcome in outcomes if isinstance(outcome, Rewritten)]
-        reason = _differs(run, batch, reference) if done else None
+        if reason is None and (done or run.graph.journal.mark() != mark):  # what a pass does not admit counts too
+            reason = _differs(run, batch, reference)
         if reason is not None:
             run.graph.rollback(mark)
             done = []
@@ -134,6 +141,16 @@ def apply_exact(run: Run, passes: Sequence[GraphPass], context: Context) -> int:
         run.report.passes.append(record.PassRecord(str(each), each.exact, len(done), refused, reason, seconds))
         run.report.notes.extend(f"{each.name}: {item.site}: {item.detail}" for item in done[:20])
     return total
+
+
+def _applied(each: GraphPass, graph: Graph, context: Context) -> tuple[Sequence[Outcome], str | None]:
+    """What a pass did, or why it stopped half way."""
+    try:
+        return each.apply(graph, context), None
+    except (ResourceError, MemoryError):
+        raise
+    except Exception as error:  # a pass of another package may raise anything
+        return [], f"{type(error).__name__}: {error}"
 
 
 def _differs(run: Run, batch: Inputs | None, reference: Outputs | None) -> str | None:
@@ -160,18 +177,15 @@ def _rounding(outputs: Outputs) -> float:
 
 def make_plan(run: Run, passes: Sequence[LinearPass], budget: Budget) -> Planned:
     """Statistics, proposals, scales and the allocator's choice."""
-    before = run.report.before
-    whole = Cost() if before is None else Cost(0, before.bytes, before.macs)
-    settings = run.options.settings
     start = time.monotonic()
-    planned = plan(run.graph, passes, budget, run.calibration, settings, whole=whole, sample=run.sample, tell=run.tell)
-    run.planned = planned
+    came, now = _sizes(run)
+    settings = run.options.settings
+    planned = plan(
+        run.graph, passes, budget, run.calibration, settings, came=came, now=now, sample=run.sample, tell=run.tell
+    )
+    run.planned, run.linear, run.planning = planned, passes, time.monotonic() - start
     run.report.notes.extend(planned.notes)
     run.report.costs = {"curves": {name: vars(curve) for name, curve in planned.curves.items()}}
-    for each in passes:
-        own = sum(choice.proposal is not None and choice.proposal.source == each.name for choice in planned.choices)
-        seconds = round(time.monotonic() - start, 3)
-        run.report.passes.append(record.PassRecord(str(each), False, own, len(planned.choices) - own, None, seconds))
     moments = list(planned.context.moments.values())
     if run.report.calibration is not None and run.calibration is not None and moments:
         tokens = max(moment.tokens for moment in moments)
@@ -179,24 +193,49 @@ def make_plan(run: Run, passes: Sequence[LinearPass], budget: Budget) -> Planned
     return planned
 
 
+def _sizes(run: Run) -> tuple[Cost, Cost]:
+    """Bytes and multiply–accumulates of the model as it came, and as it stands after exact rewrites."""
+    before = run.report.before
+    if before is None:
+        return Cost(), Cost()
+    came = Cost(0, before.bytes, before.macs)
+    if not run.graph.journal.entries:
+        return came, came
+    built = run.backend.build(run.graph)
+    macs = built.macs(run.sample) if run.sample is not None else before.macs
+    return came, Cost(0, before.bytes - run.stored + built.nbytes, macs)
+
+
 def install(run: Run, planned: Planned) -> int:
-    """Puts the chosen expressions into the graph; one that breaks its promise stays dense."""
+    """Puts the chosen expressions into the graph; one that breaks its promise is taken back. Returns how many stay."""
     count = 0
     by_name = {site.name: site for site in run.graph.linear_sites()}
     for choice in planned.choices:
         if choice.proposal is None:
             continue
         mark = run.graph.journal.mark()
-        for name, new in choice.proposal.by.items():
-            run.graph.replace(by_name[name], new.operator, new.shift)
-        broken = _broken_promise(choice, planned.context)
+        broken = _put(run.graph, by_name, choice.proposal) or _broken_promise(choice, planned.context)
         if broken:
             run.graph.rollback(mark)
-            choice.proposal, choice.reason, choice.refused = None, f"rolled back: {broken}", True
+            planned.broke(choice, broken)
             run.report.notes.append(f"{choice.site.name}: {choice.reason}")
         else:
             count += 1
     return count
+
+
+def _put(graph: Graph, sites: Mapping[str, LinearSite], proposal: Proposal) -> str:
+    """Installs a proposal; says why it cannot be."""
+    try:
+        if set(proposal.by) != set(proposal.sites):
+            return f"{proposal.source} replaces {sorted(proposal.by)} instead of {sorted(proposal.sites)}"
+        for name, new in proposal.by.items():
+            graph.replace(sites[name], new.operator, new.shift)
+    except (ResourceError, MemoryError):
+        raise
+    except Exception as error:  # a pass of another package may raise anything
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _broken_promise(choice: Choice, context: Context) -> str:

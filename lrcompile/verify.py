@@ -10,6 +10,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
@@ -179,7 +180,7 @@ def load_metric(text: str) -> Metric:
         raise UsageError(f"cannot load the metric '{text}': {error}", where="--metric") from error
     if not callable(found):
         raise UsageError(f"'{text}' is not a function", where="--metric", hint="write package.module:function")
-    return found
+    return cast("Metric", found)
 
 
 def require(drift: Drift) -> None:

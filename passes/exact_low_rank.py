@@ -38,7 +38,7 @@ class ExactLowRank(GraphPass):
             return Refused(site.name, "too small to gain")
         rank, factors = factorise(weight)
         if factors is None:
-            return Refused(site.name, f"rank {rank} of {min(weight.shape)} is not below break-even")
+            return Refused(site.name, f"rank {rank} or more of {min(weight.shape)} is not below break-even")
         dtype = storage_dtype(site.operator)
         graph.replace(site, low_rank(*(factor.to(dtype).contiguous() for factor in factors)))
         return Rewritten(site.name, f"rank {rank}")
@@ -47,9 +47,11 @@ class ExactLowRank(GraphPass):
 def factorise(weight: torch.Tensor) -> tuple[int, tuple[torch.Tensor, torch.Tensor] | None]:
     """The rank of a weight (out, in), and balanced factors in float64 where they are smaller than it."""
     out, into = weight.shape
-    rank = rank_at_least(weight)
-    if rank * (out + into) >= out * into:
-        return rank, None
+    size = min(out * into // (out + into) + 16, out, into)
+    for part in (weight[:size, :size], weight):  # singular values of a part are never above those of the whole
+        rank = rank_at_least(part, float(weight.double().square().sum()))
+        if rank * (out + into) >= out * into:
+            return rank, None
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
     rank = numerical_rank(weight, values)
     if rank * (out + into) >= out * into:
@@ -58,21 +60,28 @@ def factorise(weight: torch.Tensor) -> tuple[int, tuple[torch.Tensor, torch.Tens
     return rank, (left[:, :rank] * root, root[:, None] * right[:rank])
 
 
-def rank_at_least(weight: torch.Tensor) -> int:
-    """A cheap lower bound of :func:`numerical_rank`, from eigenvalues of the Gram matrix."""
+def rank_at_least(weight: torch.Tensor, total: float) -> int:
+    """A cheap lower bound of :func:`numerical_rank`, from eigenvalues of a Gram matrix.
+
+    Args:
+        weight: the weight or a part of it.
+        total: squared Frobenius norm of the whole weight.
+    """
     wide = weight.double()
     energies = torch.linalg.eigvalsh(wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide)
-    return _rank(energies.clamp_min(0).flip(0), max(rounding(weight.dtype) ** 2, 1e-15 * max(weight.shape)))
+    share = max(rounding(weight.dtype) ** 2, 1e-15 * max(weight.shape))
+    return _rank(energies.clamp_min(0).flip(0), share, total)
 
 
 def numerical_rank(weight: torch.Tensor, values: torch.Tensor) -> int:
     """The smallest rank that keeps all but :func:`rounding` of a weight with these singular values; at least 1."""
-    return _rank(values.square(), rounding(weight.dtype) ** 2)
+    energies = values.square()
+    return _rank(energies, rounding(weight.dtype) ** 2, float(energies.sum()))
 
 
-def _rank(energies: torch.Tensor, share: float) -> int:
+def _rank(energies: torch.Tensor, share: float, total: float) -> int:
     tails = energies.flip(0).cumsum(0).flip(0)
-    return max(int((tails > share * float(tails[0])).sum()), 1)
+    return max(int((tails > share * total).sum()), 1)
 
 
 def rounding(dtype: torch.dtype) -> float:

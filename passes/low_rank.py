@@ -116,4 +116,3 @@ def _price(site: LinearSite, rank: int) -> Cost:
     """Cost of two factors, without making them."""
     values = rank * sum(site.shape)
     return Cost(values, values * storage_dtype(site.operator).itemsize, values * len(site.uses))
-

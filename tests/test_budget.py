@@ -248,12 +248,14 @@ def test_quantities(text, number):
     "text", ["", "MB", "-1", "0", 0, -0.5, "1.2.3", "60XB", "5e", "nan", "inf", math.nan, math.inf, True, "80%", "1,5"]
 )
 def test_bad_quantities(text):
-    with pytest.raises(UsageError, match="bytes: .* is not a positive amount") as caught:
+    with pytest.raises(UsageError, match=r"bytes: .* is not a positive amount") as caught:
         quantity(text, "bytes")
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize("bad", [{"keep": 1.5}, {"keep": "2"}, {"keep": 0.0}, {"bytes": "much"}, {"macs": -1}, {"drift": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"keep": 1.5}, {"keep": "2"}, {"keep": 0.0}, {"bytes": "much"}, {"macs": -1}, {"drift": 0}]
+)
 def test_bad_budgets(bad: dict):
     (name,) = bad
     with pytest.raises(UsageError, match=name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -99,8 +100,9 @@ def test_what_is_not_finite_is_refused_with_its_name(bad: float):
     values[3, 2] = bad
     collector = Collector()
     collector.add("fine", rows(5), 1)
-    with pytest.raises(InvalidInputError, match="hidden.3: .*NaN or infinite") as caught:
+    with pytest.raises(InvalidInputError, match=r"hidden.3: .*NaN or infinite") as caught:
         collector.add("hidden.3", values, 1)
+        _ = collector.moments
     assert (caught.value.code, caught.value.where) == (3, "hidden.3")
 
 
@@ -159,7 +161,7 @@ def test_groups_fit_the_memory(sizes: dict[str, int], limit: int):
     assert [name for group in found for name in group] == list(sizes)
     for group in found:
         assert len(group) == 1 or sum(4 * sizes[name] ** 2 for name in group) <= limit
-    for group, following in zip(found, found[1:], strict=False):
+    for group, following in itertools.pairwise(found):
         assert sum(4 * sizes[name] ** 2 for name in (*group, following[0])) > limit
 
 

@@ -55,6 +55,10 @@ class Graph(Protocol):
         """Every constant linear map, in the order of execution; frozen ones included."""
         ...
 
+    def original(self, name: str) -> LinearSite:
+        """A site as it stood before anything was replaced."""
+        ...
+
     def replace(self, site: LinearSite, by: LinearOperator, shift: Tensor | None = None) -> None:
         """Installs an expression at every use of the site and writes it to the journal."""
         ...

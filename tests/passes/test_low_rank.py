@@ -20,7 +20,9 @@ from lrcompile.sites import LinearSite
 def correlated(tokens: int, channels: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(channels, channels, generator=generator) * torch.logspace(0, -2, channels)
-    return torch.randn(tokens, channels, generator=generator) @ mixing.T + 2 * torch.randn(channels, generator=generator)
+    return torch.randn(tokens, channels, generator=generator) @ mixing.T + 2 * torch.randn(
+        channels, generator=generator
+    )
 
 
 def setting(
@@ -169,7 +171,8 @@ def test_min_rank_skips_the_smallest():
 
 def test_equal_inputs_give_equal_bytes():
     first, second = (
-        next(LowRank().proposals(site, context)).by[site.name] for site, context, _ in (setting(32, 48), setting(32, 48))
+        next(LowRank().proposals(site, context)).by[site.name]
+        for site, context, _ in (setting(32, 48), setting(32, 48))
     )
     assert structure(first.operator) == structure(second.operator)
     assert torch.equal(densify(first.operator), densify(second.operator))

@@ -128,7 +128,7 @@ def test_options_tell_type_and_default():
 
 
 def test_unknown_names_in_the_registry():
-    with pytest.raises(UsageError, match="unknown pass 'lowrank'.*'low-rank'"):
+    with pytest.raises(UsageError, match=r"unknown pass 'lowrank'.*'low-rank'"):
         registry.load("passes", "lowrank")
-    with pytest.raises(UsageError, match="unknown backend 'onnxruntim'.*'onnxruntime'"):
+    with pytest.raises(UsageError, match=r"unknown backend 'onnxruntim'.*'onnxruntime'"):
         registry.load("backends", "onnxruntim")

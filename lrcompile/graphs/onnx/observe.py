@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lrcompile.calibrate import MASK_NAMES, Collector, Moments, groups, token_mask, token_rows
-from lrcompile.graphs.base import Inputs, Replacement
+from lrcompile.graphs.base import Inputs, Outputs, Replacement
 from lrcompile.graphs.onnx.constants import constant
 from lrcompile.graphs.onnx.raising import Match
 from lrcompile.graphs.onnx.session import Session, runnable
@@ -26,8 +26,12 @@ from lrcompile.graphs.onnx.tensors import from_torch
 from lrcompile.linop import LinearOperator, apply, densify
 from lrcompile.sites import LinearSite
 
-OBSERVED = 64 * 2**20
+OBSERVED = 16 * 2**20
 """Bytes of values that one run may return; batches are cut to what fits."""
+PROBED = 4
+"""Samples that a probe runs on at a time."""
+TOGETHER = 6
+"""Sites that are probed between two runs of what lies before them."""
 
 Pairs = Mapping[str, tuple[LinearSite, tuple[Match, ...]]]
 
@@ -138,37 +142,54 @@ def probe(
 ) -> dict[str, float]:
     """Squared relative L2 change of the float outputs (summed) when a site alone is replaced.
 
-    Padding is left out of outputs whose leading axes are those of the token mask.
+    Padding is left out of outputs whose leading axes are those of the token mask. Sites are probed a few
+    at a time, in the order of execution: only what surrounds those few is held.
     """
-    outputs = [str(value.name) for value in model.graph.outputs]
+    cutter = _Cutter(model)
+    whole = _session_with(model, model.graph.outputs)
+    pieces: list[tuple[Inputs, Outputs]] = []
+    for piece in cutter.pieces(batches):
+        pieces.append((piece, whole.run(piece)))
+        cutter.size = PROBED
     owners = _owners(model.graph)
+    change: dict[str, float] = {}
+    names = list(pairs)
+    for start in range(0, len(names), TOGETHER):
+        group = {name: pairs[name] for name in names[start : start + TOGETHER]}
+        change.update(_probe_group(model, pieces, group, changes, owners))
+        release()
+    return change
+
+
+def _probe_group(
+    model: ir.Model,
+    pieces: Sequence[tuple[Inputs, Outputs]],
+    pairs: Pairs,
+    changes: Mapping[str, Replacement],
+    owners: Mapping[int, ir.Node],
+) -> dict[str, float]:
     suffixes = {name: _suffix(model.graph, matches, owners) for name, (_, matches) in pairs.items()}
-    wanted = dict.fromkeys(outputs)
+    wanted: dict[str, None] = {}
     for name, suffix in suffixes.items():
         wanted.update(dict.fromkeys(suffix.boundary))
         for match in pairs[name][1]:
             wanted.update({str(match.source.name): None, str(match.root.name): None})
     prefix = _session_with(model, [value for value in _values(model.graph) if value.name in wanted])
-    change = {name: dict.fromkeys(outputs, 0.0) for name in pairs}
-    norm = dict.fromkeys(outputs, 0.0)
-    cutter = _Cutter(model)
-    for batch in cutter.pieces(batches):
-        dense = {**batch, **prefix.run(batch)}
-        cutter.learn(batch, sum(array.nbytes for array in dense.values()))
-        mask = token_mask(tensors_of(batch))
-        floats = [name for name in outputs if dense[name].dtype.kind == "f"]
-        for name in floats:
-            norm[name] += _energy(dense[name], mask)
+    moved = {name: dict.fromkeys(suffixes[name].outputs, 0.0) for name in pairs}
+    norm: dict[str, float] = {}
+    for piece, outputs in pieces:
+        around = {**piece, **prefix.run(piece)}
+        mask = token_mask(tensors_of(piece))
+        floats = {name: array for name, array in outputs.items() if array.dtype.kind == "f"}
+        for name, array in floats.items():
+            norm[name] = norm.get(name, 0.0) + _energy(array, mask)
         for site, suffix in suffixes.items():
-            changed = _changed_outputs(model, suffix, pairs[site], changes[site], dense, batch)
-            for name in floats:
-                if name in changed:
-                    change[site][name] += _energy(changed[name] - dense[name], mask)
-    suffixes.clear()
-    release()
+            changed = _changed_outputs(model, suffix, pairs[site], changes[site], around, piece)
+            for name in floats.keys() & changed.keys():
+                moved[site][name] += _energy(changed[name] - floats[name], mask)
     return {
-        site: sum(value / norm[name] for name, value in per_output.items() if norm[name] > 0)
-        for site, per_output in change.items()
+        site: sum(value / norm[name] for name, value in parts.items() if norm.get(name, 0.0) > 0)
+        for site, parts in moved.items()
     }
 
 

@@ -166,7 +166,7 @@ class FileSession:
             results = self.session.run(None, {name: inputs[name] for name in self.inputs})
         except Exception as error:  # onnxruntime raises half a dozen unrelated types
             raise _failed(error) from error
-        return dict(zip(self.outputs, results, strict=True))
+        return {name: np.asarray(result) for name, result in zip(self.outputs, results, strict=True)}
 
 
 def _failed(error: Exception) -> LrcompileError:
