@@ -1,4 +1,4 @@
-"""Multiply–accumulates of a whole ONNX graph for one sample, from inferred shapes."""
+"""Multiply–accumulates of a whole ONNX graph for one sample, from the shapes that a run has."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from lrcompile.errors import LrcompileError
 from lrcompile.graphs.onnx.constants import constant
+from lrcompile.graphs.onnx.session import Session
 
 Shape = tuple[int, ...]
 
@@ -20,9 +22,13 @@ def macs(model: ir.Model, sample: Mapping[str, np.ndarray]) -> int:
     Args:
         sample: inputs with a leading axis of 1; they give the dynamic dimensions.
 
-    A node whose shapes cannot be inferred counts nothing, as do element-wise operators.
+    A model that does not run is counted by inferred shapes; a node whose shapes are not known then counts
+    nothing, as do element-wise operators.
     """
-    shapes = _shapes(model, {name: array.shape for name, array in sample.items()})
+    try:
+        shapes = _measured(model, sample)
+    except LrcompileError:
+        shapes = _inferred(model, {name: array.shape for name, array in sample.items()})
     total = 0
     for node in model.graph:
         rule = None if node.domain else _RULES.get(node.op_type)
@@ -33,7 +39,34 @@ def macs(model: ir.Model, sample: Mapping[str, np.ndarray]) -> int:
     return total
 
 
-def _shapes(model: ir.Model, given: Mapping[str, Shape]) -> dict[str, Shape]:
+def _measured(model: ir.Model, sample: Mapping[str, np.ndarray]) -> dict[str, Shape]:
+    """Shapes of what the counted nodes read and write: a run whose outputs are shapes only."""
+    graph = model.graph.clone()
+    wanted: dict[str, ir.Value] = {}
+    for node in graph:
+        if not node.domain and node.op_type in _RULES:
+            wanted.update((str(v.name), v) for v in (*node.inputs, *node.outputs) if v is not None and v.name)
+    found: dict[str, Shape] = {}
+    outputs: dict[str, str] = {}
+    graph.outputs.clear()
+    for index, (name, value) in enumerate(wanted.items()):
+        tensor = constant(value)
+        if tensor is not None:
+            found[name] = tuple(tensor.shape.numpy())
+            continue
+        shape = ir.Node("", "Shape", [value], name=f"(shape {index})")
+        shape.outputs[0].name = f"(shape {index})"
+        shape.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+        graph.append(shape)
+        graph.outputs.append(shape.outputs[0])
+        outputs[f"(shape {index})"] = name
+    if outputs:
+        result = Session(graph, model).run(sample)
+        found.update((outputs[key], tuple(int(size) for size in array)) for key, array in result.items())
+    return found
+
+
+def _inferred(model: ir.Model, given: Mapping[str, Shape]) -> dict[str, Shape]:
     """Static shapes of all values, by onnx's inference on a model without its large weights."""
     graph = model.graph.clone()
     for name, value in list(graph.initializers.items()):
