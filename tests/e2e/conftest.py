@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lrcompile import zoo
 from tests.e2e.tool import Cli
 from tests.models import two_layer_mlp
 
@@ -49,3 +50,15 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     BertForSequenceClassification(config).save_pretrained(folder)
     np.savez(folder / "tokens.npz", input_ids=np.random.default_rng(0).integers(0, 64, (24, 12)))
     return folder
+
+
+@pytest.fixture(scope="module")
+def digits() -> zoo.ZooModel:
+    return zoo.load("digits_vit")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "digits.onnx"
+    path.write_bytes(zoo.exported("digits_vit").read_bytes())
+    return path
