@@ -98,7 +98,7 @@ def test_interrupted_while_calibrating(cli: Cli, number: signal.Signals, code: i
     command = [sys.executable, "-c", SLOW + MAIN, *LOSSY, "-o", "out.onnx", "--force", "--json"]
     with subprocess.Popen(
         command, cwd=cli.folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it for its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
     ) as child:  # fmt: skip
         assert child.stderr is not None
         for line in child.stderr:
