@@ -17,6 +17,7 @@ from lrcompile.errors import InvalidInputError, ResourceError, UnsupportedError,
 from lrcompile.graphs.onnx.foreign import foreign
 from lrcompile.graphs.onnx.preflight import preflight
 from lrcompile.graphs.onnx.storage import Limits, resolve
+from lrcompile.graphs.onnx.tensors import exchange
 
 __all__ = ["Limits", "check_finite", "read", "tensors"]
 
@@ -72,7 +73,7 @@ def from_proto(
     for _, tensor in tensors(model):
         if isinstance(tensor, ir.ExternalTensor):
             tensor.base_dir = str(folder)
-    _take_over(model)
+    exchange(model, ir.TensorProtoTensor, _own)
     if not in_order:
         model.graph.sort()
         for function in model.functions.values():
@@ -80,22 +81,8 @@ def from_proto(
     return model
 
 
-def _take_over(model: ir.Model) -> None:
-    """Gives every tensor an array of its own.
-
-    A tensor of a message copies its bytes whenever they are read, and keeps the whole message alive.
-    """
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.TensorProtoTensor):
-                value.const_value = _own(value.const_value)
-        for node in graph:
-            for name, attribute in list(node.attributes.items()):
-                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.TensorProtoTensor):
-                    node.attributes[name] = ir.AttrTensor(name, _own(attribute.value))
-
-
 def _own(tensor: ir.TensorProtoTensor) -> ir.TensorProtocol:
+    """An array of its own: a tensor of a message copies its bytes at every read and keeps the whole message alive."""
     return ir.Tensor(
         tensor.numpy(), dtype=tensor.dtype, shape=tensor.shape, name=tensor.name, doc_string=tensor.doc_string
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -102,16 +103,21 @@ def from_torch(tensor: torch.Tensor, name: str | None = None) -> ir.Tensor:
     return ir.Tensor(bits.numpy().view(dtype.numpy()), dtype=dtype, name=name)
 
 
-def embed(model: ir.Model) -> None:
-    """Reads what is still external into memory, in place: a message that goes elsewhere cannot refer to its data."""
+def exchange(model: ir.Model, kind: type, make: Callable[[Any], ir.TensorProtocol]) -> None:
+    """Puts ``make(tensor)`` in the place of every initializer and attribute tensor of a class, bodies included."""
     for graph in model.graphs():
         for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = _in_memory(value.const_value)
+            if isinstance(value.const_value, kind):
+                value.const_value = make(value.const_value)
         for node in graph:
             for name, attribute in list(node.attributes.items()):
-                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
-                    node.attributes[name] = ir.AttrTensor(name, _in_memory(attribute.value))
+                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, kind):
+                    node.attributes[name] = ir.AttrTensor(name, make(attribute.value))
+
+
+def embed(model: ir.Model) -> None:
+    """Reads what is still external into memory, in place: a message that goes elsewhere cannot refer to its data."""
+    exchange(model, ir.ExternalTensor, _in_memory)
 
 
 def _in_memory(tensor: ir.ExternalTensor) -> ir.Tensor:
