@@ -48,7 +48,7 @@ def main() -> None:
     reference = minilm.embed(FileSession(str(dense)).run, minilm.lee.evaluation_documents())
     feeds = {tokens: _feeds(*tokens) for tokens in ((1, 128), (16, 128))}
     lines = [_line(row, dense, reference, feeds) for row in rows]
-    modules = [[keep, *_through_module(keep, reference, made[keep][0])] for keep in KEEPS]
+    modules = [[keep, *_through_module(keep, (calibration, evaluation), reference, made[keep][0])] for keep in KEEPS]
     cost = [[keep, *_cost(made[keep][1])] for keep in KEEPS]
     write("minilm", "MiniLM, 36 encoder linears, no training", [_HEAD, table(_COLUMNS, lines), _MODULES,
           table(("keep", "cosine, ONNX file", "cosine, nn.Module", "difference"), modules), _COST,
@@ -135,12 +135,12 @@ def _ratio(timing: measure.Timing | None) -> str:
     return "—" if timing is None else f"{timing.ratio:.3f} [{timing.low:.3f}, {timing.high:.3f}]"
 
 
-def _through_module(keep: float, reference: np.ndarray, file: Path) -> list[str]:
+def _through_module(keep: float, data: tuple[Path, Path], reference: np.ndarray, file: Path) -> list[str]:
     result = optimize(
         minilm.module(),
         Budget(keep=keep),
-        calibration=minilm.calibration(),
-        evaluation=minilm.evaluation(),
+        calibration=data[0],
+        evaluation=data[1],
         options=Options(max_drift=float(GATE), settings=Settings(cache=WORK / "cache")),
     )
     found: Callable = result.built.run

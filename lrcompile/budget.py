@@ -49,7 +49,8 @@ class Budget:
         keep: share of the stored values of the sites that stays, above 0 and at most 1.
         bytes: bytes on disk; a share of the original where it is at most 1.
         macs: multiply–accumulates per sample; a share of the original where it is at most 1.
-        drift: largest measured drift on inputs that calibration did not see; a gate.
+        drift: largest measured drift on inputs that calibration did not see. Beside other limits it is a gate;
+            alone, bytes are minimised under it.
 
     Raises:
         UsageError: a limit is not a positive amount, or keep is above 1.
@@ -69,7 +70,12 @@ class Budget:
     @property
     def limited(self) -> bool:
         """Whether anything must become smaller."""
-        return any(getattr(self, name) is not None for name in COSTS)
+        return self.drift is not None or any(getattr(self, name) is not None for name in COSTS)
+
+    @property
+    def by_drift(self) -> bool:
+        """Whether the drift alone decides how small the result becomes."""
+        return self.drift is not None and all(getattr(self, name) is None for name in COSTS)
 
     def limits(self, before: Sequence[float] | np.ndarray, fixed: Sequence[float] | np.ndarray) -> np.ndarray:
         """Limits on the candidates' summed costs, inf where there is none.

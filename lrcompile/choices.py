@@ -75,6 +75,7 @@ class Planned:
     Attributes:
         expected: (limits,) what the allocator thinks that the result costs, in the order of its columns.
         again: chooses anew without what was broken, and with so much less room under each limit.
+        within: chooses the smallest plan without what was broken whose predicted loss stays below a value.
     """
 
     choices: list[Choice]
@@ -82,6 +83,7 @@ class Planned:
     offers: Mapping[str, Offer]
     expected: np.ndarray
     again: Callable[[np.ndarray], Planned]
+    within: Callable[[float], Planned]
     notes: list[str] = field(default_factory=list)
     curves: Mapping[str, Curve] = field(default_factory=dict)
 
@@ -94,6 +96,11 @@ class Planned:
     def after(self) -> Cost:
         """Summed cost of what they get."""
         return sum((choice.cost for choice in self.choices if not choice.outside), Cost())
+
+    @property
+    def predicted(self) -> float:
+        """Predicted loss: squared relative change of the outputs, as if errors were independent."""
+        return sum(choice.predicted for choice in self.choices)
 
     @property
     def saved_macs(self) -> float:
@@ -145,9 +152,20 @@ class Allocation:
         except InfeasibleError as error:
             least = rest + sum((unit.costs.min(axis=0) for unit in units), np.zeros(len(COSTS)))
             raise _infeasible(error, self.budget, least, whole) from error
-        return [
-            self._choice(site, unit, index, curves) for site, unit, index in zip(self.sites, units, picked, strict=True)
-        ]
+        return self._choices(units, picked, curves)
+
+    def smallest(self, curves: Mapping[str, Curve], loss: float) -> list[Choice]:
+        """The choices of fewest bytes whose predicted losses sum to at most ``loss``.
+
+        The same knapsack with losses and bytes in each other's place.
+        """
+        units = [self._unit(site, curves) for site in self.sites]
+        swapped = [Unit(unit.losses[:, None], unit.costs[:, COSTS.index("bytes")]) for unit in units]
+        return self._choices(units, allocate(swapped, np.array([loss])), curves)
+
+    def _choices(self, units: Sequence[Unit], picked: Sequence[int], curves: Mapping[str, Curve]) -> list[Choice]:
+        chosen = zip(self.sites, units, picked, strict=True)
+        return [self._choice(site, unit, index, curves) for site, unit, index in chosen]
 
     def expected(self, choices: Sequence[Choice]) -> np.ndarray:
         """(limits,) cost of the whole model with these choices."""

@@ -126,6 +126,12 @@ class Batches:
         middle = self._last - held * unit
         return self._view(self._first, middle), self._view(middle, self._last)
 
+    def cut(self, batch: int) -> Batches:
+        """The same samples in batches of at most ``batch``, where the model's batch is not fixed."""
+        view = self._view(self._first, self._last)
+        view.batch = view.batch if self._exact else min(view.batch, max(batch, 1))
+        return view
+
     def check(self, specs: Sequence[InputSpec]) -> Batches:
         """Binds the samples to a model's inputs, and goes through all of them once; returns itself.
 

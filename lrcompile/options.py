@@ -77,9 +77,6 @@ class Options:
         }
 
     def limit(self, budget: Budget) -> float:
-        """The drift limit in force."""
-        if self.max_drift is not None:
-            return self.max_drift
-        if budget.drift is not None:
-            return float(quantity(budget.drift, "drift") or 0.0)
-        return PRESETS[self.preset_for(budget)]
+        """The drift limit in force: the smaller one where both the budget and the options have one."""
+        given = [limit for limit in (self.max_drift, quantity(budget.drift, "drift")) if limit is not None]
+        return min(given) if given else PRESETS[self.preset_for(budget)]

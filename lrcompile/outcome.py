@@ -76,6 +76,12 @@ def gate(run: Run, built: Runnable, budget: Budget) -> None:
         verify.require(drift)
 
 
+def drifted(run: Run) -> bool:
+    """Whether the gate has measured a drift above its limit."""
+    drift = run.report.drift
+    return drift is not None and not drift.passed and drift.value is not None and np.isfinite(drift.value)
+
+
 def describe_after(run: Run, built: Runnable, files: AtomicSet | None) -> None:
     """Size, hash, latency and memory of the artefact, read from its files where it has some."""
     report, before = run.report, run.report.before
@@ -155,7 +161,7 @@ def reached(run: Run, budget: Budget) -> dict[str, record.BudgetLine]:
         "keep": keep,
         "bytes": None if after is None else float(after.bytes),
         "macs": None if after is None else float(after.macs),
-        "drift": None if run.report.drift is None else run.report.drift.relative_l2,
+        "drift": None if run.report.drift is None else run.report.drift.value,
     }
     lines = {}
     for name, value in values.items():
@@ -191,6 +197,8 @@ def decide(run: Run, planned: Planned | None) -> None:
 def conclude(run: Run) -> None:
     """What the report says once nothing is chosen any more: decisions, passes, what stood aside."""
     decide(run, run.planned)
+    report = run.report
+    report.passes = [each for each in report.passes if each.name not in {str(each) for each in run.linear}]
     if run.planned is not None:
         choices = run.planned.choices
         for each in run.linear:
@@ -198,8 +206,9 @@ def conclude(run: Run) -> None:
             seconds = round(run.planning, 3)
             run.report.passes.append(record.PassRecord(str(each), False, own, len(choices) - own, None, seconds))
     subgraphs = getattr(run.graph, "subgraph_weights", list)()
-    if subgraphs:
-        run.report.notes.append(f"{len(subgraphs)} weights inside If, Loop or Scan bodies pass through unchanged")
+    note = f"{len(subgraphs)} weights inside If, Loop or Scan bodies pass through unchanged"
+    if subgraphs and note not in report.notes:
+        report.notes.append(note)
 
 
 def _decision(site: Any, choice: Choice | None, touched: dict) -> record.Decision:

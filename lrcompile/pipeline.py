@@ -18,7 +18,7 @@ import numpy as np
 from lrcompile import outcome, stages
 from lrcompile.budget import COSTS, Budget, quantity
 from lrcompile.choices import Planned
-from lrcompile.errors import InfeasibleError, LrcompileError, UsageError
+from lrcompile.errors import GateError, InfeasibleError, LrcompileError, UsageError
 from lrcompile.files import AtomicSet, made_folder
 from lrcompile.graphs.base import Graph
 from lrcompile.lowering import Runnable
@@ -27,6 +27,7 @@ from lrcompile.progress import Progress
 from lrcompile.registry import EXACT, backend_for, load
 from lrcompile.report import record
 from lrcompile.rewrite import Context, GraphPass, LinearPass, Pass
+from lrcompile.seeking import Seeker
 
 ROUNDS = 8
 """How often a result that misses its limits is chosen again."""
@@ -126,9 +127,11 @@ class Pipeline:
 
         run = self._prepare(open_graph(graph), calibration, None, tell, "plan")
         if not self.budget.limited:
-            raise UsageError("a plan needs a limit", hint="give --keep, --bytes or --macs")
+            raise UsageError("a plan needs a limit", hint="give --keep, --bytes, --macs or --drift")
         try:
             planned = self._planned(run)
+            if self.budget.by_drift:
+                planned = run.planned = self._seeker(run, planned).seek(planned)
         except LrcompileError as error:
             _stopped(error, run, self.budget, start)
             raise
@@ -143,6 +146,9 @@ class Pipeline:
     def _rewrite(self, run: stages.Run, out: Path | None, start: float) -> Result:
         rewrites, mark = self._exact(run), run.graph.journal.mark()
         planned = self._planned(run) if self.budget.limited else None
+        seeker = self._seeker(run, planned) if planned is not None and self.budget.by_drift else None
+        if planned is not None and seeker is not None:
+            planned = run.planned = seeker.seek(planned)
         reserve = np.zeros(len(COSTS))
         rounds = 0
         while rounds < ROUNDS:
@@ -155,6 +161,12 @@ class Pipeline:
                 if count == wanted:  # else it is enough to choose without what was taken back
                     reserve, rounds = np.maximum(reserve, missed.room) + 0.1 * missed.room, rounds + 1
                 planned = run.planned = missed.planned.again(reserve)
+            except GateError:
+                rounds += 1
+                if seeker is None or planned is None or not outcome.drifted(run) or rounds == ROUNDS:
+                    raise
+                run.graph.rollback(mark)
+                planned = run.planned = self._tightened(run, seeker, planned)
         raise InfeasibleError("the result keeps missing its limits", hint="relax them a little")
 
     def _prepare(self, graph: Graph, calibration: Any, evaluation: Any, tell: Progress | None, verb: str) -> stages.Run:
@@ -183,6 +195,17 @@ class Pipeline:
         given = [each for each in self.passes if isinstance(each, GraphPass)]
         context = Context(run.graph, align=run.backend.align, seed=self.options.settings.seed)
         return stages.apply_exact(run, [*ours, *given], context)
+
+    def _seeker(self, run: stages.Run, planned: Planned) -> Seeker:
+        return Seeker(run, self.options.limit(self.budget), planned.predicted)
+
+    def _tightened(self, run: stages.Run, seeker: Seeker, planned: Planned) -> Planned:
+        """The next plan after one that drifted too far on held-out samples."""
+        drift = run.report.drift
+        if drift is not None and drift.value is not None and drift.limit is not None:
+            seeker.tighten(drift.value, drift.limit)
+        run.report.status = "ok"
+        return seeker.seek(planned.within(seeker.loss))
 
     def _planned(self, run: stages.Run) -> Planned:
         linear = [each for each in self.passes if isinstance(each, LinearPass)]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from lrcompile import cache
-from lrcompile.budget import Budget
+from lrcompile.budget import Budget, quantity
 from lrcompile.calibrate import Moments
 from lrcompile.choices import Allocation, Choice, Offer, Planned, left_out, site_cost
 from lrcompile.curves import Curve, measured
@@ -137,15 +137,29 @@ def plan(
     came = came or Cost()
     allocation = Allocation(graph, sites, offers, positions(graph, sites, sample), budget, came, now or came)
     curves = _first_curves(run)
+
+    def choose(reserve: np.ndarray | None = None) -> list[Choice]:
+        if not budget.by_drift:
+            return allocation.choose(curves, reserve)
+        return allocation.smallest(curves, (quantity(budget.drift, "drift") or 0.0) ** 2)
+
     if data is not None and settings.probes and settings.refine:
-        curves = _refined(run, curves, allocation.choose(curves))
+        curves = _refined(run, curves, choose())
 
-    def settle(reserve: np.ndarray | None = None) -> Planned:
-        choices = allocation.choose(curves, reserve)
+    def settled(choices: list[Choice]) -> Planned:
         expected = allocation.expected(choices)
-        return Planned([*choices, *left], context, offers, expected, settle, _notes(sites, context), curves)
+        return Planned(
+            [*choices, *left],
+            context,
+            offers,
+            expected,
+            again=lambda reserve: settled(choose(reserve)),
+            within=lambda loss: settled(allocation.smallest(curves, loss)),
+            notes=_notes(sites, context),
+            curves=curves,
+        )
 
-    return settle()
+    return settled(choose())
 
 
 @dataclass(eq=False)

@@ -267,7 +267,8 @@ def test_limits_are_shares_up_to_one_and_amounts_above():
     limits = Budget(keep=0.5, bytes=0.6, macs="40k").limits(before, fixed)
     assert limits.tolist() == [500.0, 2000.0, 20_000.0]
     assert Budget(drift=0.1).limits(before, fixed).tolist() == [INF, INF, INF]
-    assert not Budget(drift=0.1).limited and Budget(bytes="60MB").limited
+    assert not Budget().limited and Budget(bytes="60MB").limited
+    assert Budget(drift=0.1).by_drift and not Budget(drift=0.1, keep=0.9).by_drift
 
 
 @given(st.floats(0.01, 1.0))

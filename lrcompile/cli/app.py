@@ -44,7 +44,9 @@ Bytes = Annotated[str | None, _option("--bytes", help="size on disk: 60MB, or a 
 Macs = Annotated[
     str | None, _option("--macs", help="multiply-accumulates per sample: 500M, or a share of the original")
 ]
-Limit = Annotated[float | None, _option("--drift", help="the drift must stay below this")]
+Limit = Annotated[
+    float | None, _option("--drift", help="the drift must stay below this; alone: as few bytes as it allows")
+]
 Preset = Annotated[str | None, _option("--preset", help="safe (exact rewrites only), balanced, small or mcu")]
 Drift = Annotated[float | None, _option("--max-drift", help="largest relative L2 change of an output")]
 Passes = Annotated[list[str] | None, _option("-p", "--pass", help='a pass with options: "low-rank{metric=plain}"')]
@@ -85,6 +87,7 @@ def plan(
     keep: Keep = None,
     bytes: Bytes = None,
     macs: Macs = None,
+    drift: Limit = None,
     calib: Calib = None,
     passes: Passes = None,
     include: Include = None,

@@ -61,18 +61,23 @@ class Ratio:
 class Drift:
     """How far the outputs moved on held-out samples; None where it does not apply.
 
-    ``limit`` is that of ``relative_l2``; ``metric`` is the value of the user's own metric.
+    ``limit`` applies to ``metric``, the value of the user's own metric, where there is one, else to ``relative_l2``.
     """
 
     relative_l2: float | None = None
     cosine: float | None = None
     top1: float | None = None
     kl: float | None = None
-    metric: float | str | None = None
+    metric: float | None = None
     samples: int | None = None
     limit: float | None = None
     passed: bool | None = None
     worst_output: str = ""
+
+    @property
+    def value(self) -> float | None:
+        """What the limit applies to."""
+        return self.relative_l2 if self.metric is None else self.metric
 
 
 @dataclass(frozen=True)
