@@ -17,7 +17,7 @@ from lrcompile.errors import InvalidInputError
 MASK_NAMES = ("attention_mask", "input_mask", "padding_mask", "mask")
 """Input names that are taken for a token mask (1 = a real token) of shape (batch, tokens)."""
 
-TOGETHER = 1024
+TOGETHER = 512
 """Vectors that a Gram matrix takes at once."""
 
 
@@ -62,8 +62,8 @@ class Moments:
         self._gram = self._gram.tril() + self._gram.tril(-1).T
         self._half = False
 
-    def update(self, rows: Tensor, samples: int = 0) -> None:
-        """Adds vectors ``rows`` (tokens, n).
+    def update(self, rows: Tensor, samples: int = 0, *, spend: bool = False) -> None:
+        """Adds vectors ``rows`` (tokens, n); ``spend`` allows their memory to be written over.
 
         Raises:
             InvalidInputError: a vector, or its square, is NaN or infinite.
@@ -72,7 +72,7 @@ class Moments:
         self._accumulate(rows)
         ones = torch.ones(len(rows))
         self.total = self.total + ones @ rows  # not in place: these may be tensors of inference mode
-        magnitude = rows.abs()
+        magnitude = rows.abs_() if spend else rows.abs()
         self.absolute = self.absolute + ones @ magnitude
         if len(rows):
             self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
@@ -148,7 +148,7 @@ def token_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
 def token_rows(value: Tensor, mask: Tensor | None, *, channel_axis: int = -1) -> Tensor:
     """The vectors (tokens, n) of a value, padding left out where the mask fits its shape."""
     value = value.movedim(channel_axis, -1)
-    if mask is not None:
+    if mask is not None and not mask.all():
         if value.shape[:-1] == mask.shape:
             return value[mask]
         if value.ndim == 2 and len(value) == mask.numel():
@@ -159,26 +159,32 @@ def token_rows(value: Tensor, mask: Tensor | None, *, channel_axis: int = -1) ->
 class Collector:
     """Moments of many values at once.
 
-    Vectors wait until there are enough of them: a Gram matrix takes one large product in a fraction of the
-    time of many small ones.
+    Vectors wait in a buffer until there are enough of them: a Gram matrix takes one large product in a fraction
+    of the time of many small ones. They are copied there, so that what a run returned is free at once.
     """
 
     def __init__(self) -> None:
         self._moments: dict[str, Moments] = {}
-        self._waiting: dict[str, list[Tensor]] = {}
+        self._buffers: dict[str, Tensor] = {}
+        self._waiting: dict[str, int] = {}
 
     def add(self, name: str, rows: Tensor, samples: int) -> None:
-        """Adds vectors of the value ``name``; they are not copied before they are used.
+        """Adds vectors (tokens, n) of the value ``name``.
 
         Raises:
             InvalidInputError: NaN or infinity; the error names the value.
         """
-        moments = self._moments.setdefault(name, Moments.zeros(rows.shape[-1]))
-        moments.samples += samples
-        waiting = self._waiting.setdefault(name, [])
-        waiting.append(rows)
-        if sum(map(len, waiting)) >= TOGETHER:
-            self._flush(name)
+        if name not in self._moments:
+            self._moments[name] = Moments.zeros(rows.shape[-1])
+            self._buffers[name] = torch.empty(TOGETHER, rows.shape[-1])
+            self._waiting[name] = 0
+        self._moments[name].samples += samples
+        for part in rows.split(TOGETHER):
+            if self._waiting[name] + len(part) > TOGETHER:
+                self._flush(name)
+            begin = self._waiting[name]
+            self._buffers[name][begin : begin + len(part)] = part.detach()
+            self._waiting[name] = begin + len(part)
 
     @property
     def moments(self) -> dict[str, Moments]:
@@ -192,13 +198,10 @@ class Collector:
         return self._moments
 
     def _flush(self, name: str) -> None:
-        waiting = self._waiting[name]
-        if not waiting:
-            return
-        rows = waiting[0] if len(waiting) == 1 else torch.cat([part.float() for part in waiting])
-        waiting.clear()
+        rows = self._buffers[name][: self._waiting[name]]
+        self._waiting[name] = 0
         try:
-            self._moments[name].update(rows)
+            self._moments[name].update(rows, spend=True)
         except InvalidInputError as error:
             raise InvalidInputError(error.message, where=name, hint="look for extreme values in its inputs") from None
 

@@ -80,7 +80,8 @@ def measured(
         return {site: float(tensors["change"][int(index)]) for site, index in texts.items()}
     batches = probe_batches(data, samples)
     tell(f"probing {len(probes)} sites", len(batches))
-    found = dict(graph.probe(Watched(batches, tell), {name: probe.by[name] for name, probe in probes.items()}))
+    changes = {name: probe.build()[name] for name, probe in probes.items()}  # not .by, which would keep them
+    found = dict(graph.probe(Watched(batches, tell), changes))
     texts = {site: str(index) for index, site in enumerate(found)}
     cache.store(key, {"change": torch.tensor(list(found.values()), dtype=torch.float64)}, texts, where)
     return found

@@ -23,6 +23,7 @@ from lrcompile.data import Batches
 from lrcompile.errors import UsageError
 from lrcompile.graphs.base import Graph, Inputs
 from lrcompile.linop import Cost
+from lrcompile.memory import release
 from lrcompile.progress import Progress, Watched
 from lrcompile.rewrite import Context, LinearPass, Proposal
 from lrcompile.samples import Thinned, unmasked
@@ -133,6 +134,7 @@ def plan(
     sites, left = _refreeze(graph, sites, left)
     tell("decomposing")
     offers = {site.name: _offers(site, passes, context) for site in sites}
+    release(now=True)
     run = _Planning(graph, sites, offers, context, data, settings, tell)
     came = came or Cost()
     allocation = Allocation(graph, sites, offers, positions(graph, sites, sample), budget, came, now or came)

@@ -19,6 +19,7 @@ from torch import Tensor
 from lrcompile.calibrate import MASK_NAMES, token_mask
 from lrcompile.errors import GateError, UsageError
 from lrcompile.graphs.base import Inputs, Outputs
+from lrcompile.memory import release
 
 Run = Callable[[Inputs], Outputs]
 Metric = Callable[[list[Outputs], list[Outputs]], float]
@@ -158,6 +159,7 @@ def measure(
         if metric is not None:
             kept[0].append(before)
             kept[1].append(after)
+        release()
     drift = meter.result(limit)
     if metric is None:
         return drift

@@ -202,14 +202,18 @@ def test_two_runs_give_the_same_bytes(digits: zoo.ZooModel, file: Path, tmp_path
 
 
 def test_budget_drift_is_the_gate(digits: zoo.ZooModel, file: Path):
-    """``drift`` gates; an explicit ``max_drift`` comes before it, and presets after it."""
+    """``drift`` gates beside another limit; it and ``max_drift`` both hold, and presets come after them."""
     options = Options(latency=False, settings=QUICK)
     with pytest.raises(GateError, match="above the limit 1e-06"):
         run(digits, file, Budget(keep=0.5, drift=1e-6), options=options)
     report = run(digits, file, Budget(keep=0.5, drift=2.0), options=options).report
     assert (report.drift.limit, report.budget["drift"].target) == (2.0, 2.0)
     assert report.budget["drift"].reached == report.drift.relative_l2 <= 2.0
-    assert run(digits, file, Budget(keep=0.5, drift=1e-6), options=LOOSE).report.drift.limit == 10.0
+    with pytest.raises(GateError, match="above the limit 1e-06"):
+        run(digits, file, Budget(keep=0.5, drift=1e-6), options=LOOSE)
+    strict = Options(latency=False, max_drift=1e-7, settings=QUICK)
+    with pytest.raises(GateError, match="above the limit 1e-07"):
+        run(digits, file, Budget(keep=0.5, drift=0.3), options=strict)
     assert run(digits, file, Budget(keep=0.9), options=options).report.drift.limit == 0.5
 
 

@@ -26,11 +26,13 @@ from lrcompile.graphs.onnx.constants import constant, settle
 from lrcompile.graphs.onnx.grouping import group_key, site_of
 from lrcompile.graphs.onnx.hygiene import cleaned
 from lrcompile.graphs.onnx.naming import site_name, unique
-from lrcompile.graphs.onnx.observe import observe, probe
+from lrcompile.graphs.onnx.observe import observe
+from lrcompile.graphs.onnx.probe import probe
 from lrcompile.graphs.onnx.raising import Match, Raiser
 from lrcompile.graphs.onnx.session import Session
 from lrcompile.graphs.onnx.tensors import to_torch
 from lrcompile.linop import Dense, LinearOperator
+from lrcompile.memory import release
 from lrcompile.sites import LinearSite
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ class OnnxGraph:
         model = load.read(Path(path))
         settle(model)
         load.check_finite(model)
+        release(now=True)  # the message that the weights were copied from
         return cls(model, Path(path))
 
     @classmethod

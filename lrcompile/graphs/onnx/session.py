@@ -7,8 +7,13 @@ of a model costs kilobytes, and dozens of them can live side by side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import functools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +28,10 @@ if TYPE_CHECKING:
 
 BY_REFERENCE = 4096
 """Float constants with more elements than this are passed to the session by reference."""
+MOST_WORKERS = 4
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 
 def options(threads: int = 0) -> onnxruntime.SessionOptions:
@@ -90,6 +99,46 @@ def _widened(tensor: ir.TensorProtocol) -> ir.Tensor:
     return ir.Tensor(tensor.numpy().astype(np.float32), name=tensor.name)
 
 
+@dataclass(frozen=True)
+class Workers:
+    """How many runs go side by side, and the threads of each.
+
+    Two runs of one thread are up to 1.5 times faster than one run of two: small operators do not share well.
+    """
+
+    count: int
+    threads: int
+
+
+@functools.cache
+def workers() -> Workers:
+    """A few workers that share all cores; only a few, because each holds a run's intermediates."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(cores, MOST_WORKERS)
+    return Workers(count, max(1, cores // count))
+
+
+def ahead(function: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
+    """Results in order, computed by :func:`workers` one item ahead of them; items are made in the caller's thread."""
+    import torch
+
+    count, before = workers().count, torch.get_num_threads()
+    waiting: deque[Future[Found]] = deque()
+    torch.set_num_threads(workers().threads)  # new threads take this over
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) >= count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            torch.set_num_threads(before)
+            for future in waiting:
+                future.cancel()
+
+
 class Session:
     """A graph ready to run, its large weights passed by reference.
 
@@ -151,7 +200,9 @@ class FileSession:
     """A model file in ONNX Runtime, as a user would load it."""
 
     def __init__(self, path: str, *, threads: int = 0) -> None:
-        self.session = create(path, options(threads))
+        chosen = options(threads)
+        chosen.enable_cpu_mem_arena = False  # as for Session
+        self.session = create(path, chosen)
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs()]
 
