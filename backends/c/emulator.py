@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from lrcompile.backends.c.elf import Image
-from lrcompile.backends.c.host import shared_library
+from lrcompile.backends.c.host import checked, shared_library
 from lrcompile.backends.c.target import CODE, PAGE
 from lrcompile.backends.c.toolchain import DEVICE, Firmware
-from lrcompile.errors import MissingExtraError, UnsupportedError
+from lrcompile.errors import MissingExtraError
 
 GARBAGE = (0xFF, 0x2B)
 """What memory holds before a run: as floats NaN, and 6e-13."""
@@ -141,10 +141,7 @@ class Emulator:
                 section = self.image.sections[name]
                 self._engine.mem_write(section.address, bytes([garbage]) * section.nbytes)
         for index, port in enumerate(self.firmware.program.inputs):
-            value = np.ascontiguousarray(inputs[port.name])
-            if value.dtype != port.dtype or value.shape != port.shape:
-                wanted = f"{np.dtype(port.dtype)} {list(port.shape)}"
-                raise UnsupportedError(f"wants {wanted}, not {value.dtype} {list(value.shape)}", where=port.name)
+            value = checked(port, inputs)
             self._engine.mem_write(self.image.symbols[f"lrc_in_{index}"][0], value.tobytes())
 
     def _fault(self, engine: Any, access: int, address: int, size: int, value: int, data: Any) -> bool:

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
-
-import numpy as np
 
 from lrcompile.backends.c.elf import Image
 from lrcompile.backends.c.target import LEAST_STACK, Memory, Target, board_regions, guarded_regions
+from lrcompile.dataflow.program import ENTRY, Port, Program
 from lrcompile.errors import MissingExtraError, ResourceError, UnsupportedError
 
 DEVICE = Path(__file__).parent / "device"
@@ -29,42 +29,6 @@ C_TYPES = {
     **{"float32": "float", "float64": "double", "bool": "uint8_t"},
     **{f"{sign}int{bits}": f"{sign}int{bits}_t" for sign in ("", "u") for bits in (8, 16, 32, 64)},
 }
-
-
-@dataclass(frozen=True)
-class Port:
-    """An input or output of the model's function: C-contiguous, in the C type of ``dtype``."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def count(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    @property
-    def nbytes(self) -> int:
-        return self.count * np.dtype(self.dtype).itemsize
-
-    @property
-    def c_type(self) -> str:
-        return C_TYPES[np.dtype(self.dtype).name]
-
-
-@dataclass(frozen=True)
-class Program:
-    """Sources of a model and how it is called: ``entry(const in *, …, out *, …)``, in the order of the ports.
-
-    A source ends in ``.c``, ``.S`` or ``.o``. The arena is a global named ``*_arena``, the weights one named
-    ``*_weights`` (see :func:`include_binary`); both names only matter for where they stand.
-    """
-
-    sources: tuple[Path, ...]
-    entry: str
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
-    include: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,26 +56,27 @@ def include_binary(symbol: str, binary: str) -> str:
 
 def bench(program: Program) -> str:
     """C of a ``main`` that calls the model once on buffers which the emulator fills and reads."""
-    sides = [("in", port) for port in program.inputs], [("out", port) for port in program.outputs]
-    names = [f"lrc_{side}_{index}" for group in sides for index, (side, _) in enumerate(group)]
-    ports = [*program.inputs, *program.outputs]
-    arguments = [f"const {p.c_type} *" for p in program.inputs] + [f"{p.c_type} *" for p in program.outputs]
-    declared = [
-        f"extern {p.c_type} {n}[];\n{p.c_type} {n}[{max(p.count, 1)}];" for n, p in zip(names, ports, strict=True)
-    ]
-    return "\n".join(
-        [
-            "#include <stdint.h>",
-            f"void {program.entry}({', '.join(arguments)});",
-            "int main(void);",
-            *declared,
-            f"int main(void)\n{{\n    {program.entry}({', '.join(names)});\n    return 0;\n}}\n",
-        ]
-    )
+    inputs = [(f"lrc_in_{index}", port) for index, port in enumerate(program.inputs)]
+    outputs = [(f"lrc_out_{index}", port) for index, port in enumerate(program.outputs)]
+    types = [f"const {_c_type(port)} *" for _, port in inputs] + [f"{_c_type(port)} *" for _, port in outputs]
+    buffers = [_buffer(name, port) for name, port in [*inputs, *outputs]]
+    names = ", ".join(name for name, _ in [*inputs, *outputs])
+    call = f"int main(void)\n{{\n    {ENTRY}({names});\n    return 0;\n}}\n"
+    head = ["#include <stdint.h>", f"void {ENTRY}({', '.join(types)});", "int main(void);"]
+    return "\n".join([*head, *buffers, call])
+
+
+def _c_type(port: Port) -> str:
+    return C_TYPES[port.dtype]
+
+
+def _buffer(name: str, port: Port) -> str:
+    kind = _c_type(port)
+    return f"extern {kind} {name}[];\n{kind} {name}[{max(prod(port.shape), 1)}];"
 
 
 def build(program: Program, target: Target, memory: Memory, folder: Path, *, flags: Sequence[str] = ()) -> Firmware:
-    """Compiles and links ``firmware.elf`` (and ``guarded.elf``, for the emulator) in ``folder``.
+    """Writes, compiles and links a program: ``firmware.elf`` (and ``guarded.elf``, for the emulator) in ``folder``.
 
     Args:
         flags: further flags for the model's own sources.
@@ -122,23 +87,21 @@ def build(program: Program, target: Target, memory: Memory, folder: Path, *, fla
         ResourceError: the compiler failed, with what it said.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    program.write(folder)
     main = folder / "bench.c"
     main.write_text(bench(program), encoding="utf-8")
     own = (DEVICE / "start.c", DEVICE / "mathf.c", main)
-    include = [*program.include, *{source.parent: None for source in program.sources}]
-    objects = [_compile(path, target, folder, include, flags) for path in program.sources]
-    objects += [_compile(path, target, folder, [], ()) for path in own]
+    objects = [_compile(folder / name, target, folder, flags) for name in program.sources]
+    objects += [_compile(path, target, folder, ()) for path in own]
     board = _link(objects, target, board_regions(memory), memory, folder, "firmware")
     regions = guarded_regions(memory, board.region_sizes())
     return Firmware(program, target, memory, board, _link(objects, target, regions, memory, folder, "guarded"))
 
 
-def _compile(source: Path, target: Target, folder: Path, include: Sequence[Path], flags: Sequence[str]) -> Path:
-    if source.suffix == ".o":
-        return source
+def _compile(source: Path, target: Target, folder: Path, flags: Sequence[str]) -> Path:
     out = folder / f"{source.stem}.o"
     machine = ["-target", target.triple, f"-mcpu={target.cpu}"]
-    paths = ["-isystem", str(DEVICE / "include"), *(f"-I{path}" for path in include)]
+    paths = ["-isystem", str(DEVICE / "include"), f"-I{folder}"]
     options = () if source.suffix == ".S" else (*FLAGS, *flags)
     zig(["cc", *machine, *options, *paths, "-c", str(source), "-o", str(out)], folder)
     return out

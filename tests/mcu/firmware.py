@@ -8,17 +8,18 @@ import numpy as np
 from scipy import special
 
 from lrcompile.backends.c.target import Memory, target_named
-from lrcompile.backends.c.toolchain import Firmware, Port, Program, build, include_binary
+from lrcompile.backends.c.toolchain import Firmware, build, include_binary
+from lrcompile.dataflow.program import Kernel, Port, Program, Slot
 
 ROWS, COLUMNS = 24, 10
 SOURCE = """#include <math.h>
-extern const unsigned char m_weights[];
-static float m_arena[{rows}];
-static float *const arena = m_arena;
-void m_run(const float *x, float *y);
-void m_run(const float *x, float *y)
+extern const unsigned char model_weights[];
+static float model_arena[{rows}];
+static float *const arena = model_arena;
+void model_run(const float *x, float *y);
+void model_run(const float *x, float *y)
 {{
-    const float *w = (const float *)(const void *)m_weights;
+    const float *w = (const float *)(const void *)model_weights;
     int i, j;
     for (i = 0; i < {rows}; ++i) {{
         arena[i] = 0.0f;
@@ -47,15 +48,20 @@ def expected(inputs: dict[str, np.ndarray]) -> np.ndarray:
     return special.erf(weights().astype(np.float64) @ inputs["x"])
 
 
-def program(folder: Path, defect: str = "") -> Program:
-    """Sources in ``folder``; ``defect`` is a statement at the end of the function."""
-    folder.mkdir(exist_ok=True)
-    (folder / "m.bin").write_bytes(weights().tobytes())
-    (folder / "w.S").write_text(include_binary("m_weights", "m.bin"))
-    (folder / "m.c").write_text(SOURCE.format(rows=ROWS, columns=COLUMNS, defect=defect))
-    ports = [Port("x", np.dtype(np.float32), (COLUMNS,)), Port("y", np.dtype(np.float32), (ROWS,))]
-    return Program((folder / "m.c", folder / "w.S"), "m_run", (ports[0],), (ports[1],))
+def program(defect: str = "") -> Program:
+    """``defect`` is a statement at the end of the function."""
+    files = {
+        "model.c": SOURCE.format(rows=ROWS, columns=COLUMNS, defect=defect),
+        "weights.S": include_binary("model_weights", "weights.bin"),
+        "weights.bin": weights().tobytes(),
+    }
+    ports = [Port("x", "x", "float32", (COLUMNS,)), Port("y", "y", "float32", (ROWS,))]
+    slot = Slot("product", 0, 4 * ROWS, 0, 0)
+    kernel = Kernel("model_run", ("product", "erf"), "", ROWS * COLUMNS, 0, weights().nbytes)
+    io = (ports[0],), (ports[1],)
+    sources = ("model.c", "weights.S")
+    return Program(files, sources, 4 * ROWS, *io, weights().nbytes, (slot,), (kernel,), 4 * ROWS)
 
 
 def firmware(folder: Path, defect: str = "", memory: Memory = MEMORY, target: str = "cortex-m7") -> Firmware:
-    return build(program(folder, defect), target_named(target), memory, folder / "build")
+    return build(program(defect), target_named(target), memory, folder)

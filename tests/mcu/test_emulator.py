@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lrcompile.backends.c import host
 from lrcompile.backends.c.emulator import CANARY, GARBAGE, Emulator
-from lrcompile.backends.c.host import call, shared_library
 from lrcompile.backends.c.target import Memory, target_named
 from lrcompile.backends.c.toolchain import Firmware, build
-from lrcompile.errors import UnsupportedError, UsageError
+from lrcompile.errors import InvalidInputError, UnsupportedError, UsageError
 from tests.mcu.firmware import COLUMNS, MEMORY, ROWS, expected, firmware, program, sample, weights
 
 
@@ -48,7 +49,7 @@ def test_blocks_count_what_single_steps_count(sound: Firmware):
     run = emulator.run(sample())
     assert run.instructions == count_one_by_one(Emulator(sound), sample())
     assert run.instructions == sum(run.functions.values()) > ROWS * COLUMNS
-    assert {"m_run", "main"} <= set(run.functions)
+    assert {"model_run", "main"} <= set(run.functions)
 
 
 def test_a_run_leaves_nothing_behind_for_the_next(sound: Firmware):
@@ -84,13 +85,13 @@ def test_other_cores_compute_the_same(target: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("defect", "complaint"),
     [
-        (f"((volatile float *)arena)[{ROWS}] = 1.0f;", r"m_run writes outside its memory.*\(arena\)"),
+        (f"((volatile float *)arena)[{ROWS}] = 1.0f;", r"model_run writes outside its memory.*\(arena\)"),
         ("((volatile float *)arena)[-1] = 1.0f;", "bytes outside every buffer were overwritten"),
-        (f"y[0] = ((volatile float *)arena)[{ROWS}];", r"m_run reads outside its memory.*\(arena\)"),
-        ("((volatile float *)(void *)(unsigned)x)[1] = 1.0f;", r"m_run writes to read-only memory.*\(inputs\)"),
-        ("((volatile float *)(void *)(unsigned)w)[1] = 1.0f;", r"m_run writes to read-only memory.*\(weights\)"),
-        (f"((volatile float *)y)[{ROWS}] = 1.0f;", r"m_run writes outside its memory.*\(outputs\)"),
-        (f"y[0] = ((const volatile float *)w)[{ROWS * COLUMNS} + 1024];", r"m_run reads outside its memory"),
+        (f"y[0] = ((volatile float *)arena)[{ROWS}];", r"model_run reads outside its memory.*\(arena\)"),
+        ("((volatile float *)(void *)(unsigned)x)[1] = 1.0f;", r"model_run writes to read-only memory.*\(inputs\)"),
+        ("((volatile float *)(void *)(unsigned)w)[1] = 1.0f;", r"model_run writes to read-only memory.*\(weights\)"),
+        (f"((volatile float *)y)[{ROWS}] = 1.0f;", r"model_run writes outside its memory.*\(outputs\)"),
+        (f"y[0] = ((const volatile float *)w)[{ROWS * COLUMNS} + 1024];", r"model_run reads outside its memory"),
         ("volatile float big[700]; for (i = 699; i >= 0; --i) { big[i] = 1.0f; }", r"writes outside.*\(stack\)"),
         ("((void (*)(void))(unsigned)0x60000001u)();", "jumps outside its code"),
         ("((void (*)(void))(unsigned)((char *)arena + 1))();", "executes data|stopped"),
@@ -108,10 +109,10 @@ def test_a_loop_without_end_is_a_violation(tmp_path: Path):
 
 
 def test_garbage_shows_what_is_read_before_it_is_written(tmp_path: Path):
-    source = program(tmp_path)
-    path = source.sources[0]
-    path.write_text(path.read_text().replace("arena[i] = 0.0f;", "arena[i] *= i != 7;"))
-    emulator = Emulator(build(source, target_named("cortex-m7"), MEMORY, tmp_path / "build"))
+    sound = program()
+    text = str(sound.files["model.c"]).replace("arena[i] = 0.0f;", "arena[i] *= i != 7;")
+    faulty = replace(sound, files={**sound.files, "model.c": text})
+    emulator = Emulator(build(faulty, target_named("cortex-m7"), MEMORY, tmp_path))
     runs = [emulator.run(sample(), garbage=each).outputs["y"] for each in GARBAGE]
     assert not np.array_equal(runs[0], runs[1])
 
@@ -158,7 +159,9 @@ def test_an_unknown_target_names_the_nearest():
 
 
 def test_an_input_of_another_shape_is_refused(sound: Firmware):
-    with pytest.raises(UnsupportedError, match=r"x: wants float32 \[10\], not float32 \[11\]"):
+    with pytest.raises(InvalidInputError, match="x: no value"):
+        Emulator(sound).run({"y": np.zeros(11, np.float32)})
+    with pytest.raises(InvalidInputError, match=r"x: wants float32 \[10\], not float32 \[11\]"):
         Emulator(sound).run({"x": np.zeros(11, np.float32)})
 
 
@@ -167,6 +170,5 @@ def test_the_canary_is_none_of_the_garbage():
 
 
 def test_the_host_computes_the_same(tmp_path: Path):
-    source = program(tmp_path)
-    library = shared_library(source.sources, tmp_path / "host", include=[tmp_path])
-    np.testing.assert_allclose(call(library, source, sample())["y"], expected(sample()), atol=1e-6)
+    result = host.call(host.build(program(), tmp_path), program(), sample())
+    np.testing.assert_allclose(result["y"], expected(sample()), atol=1e-6)
