@@ -86,9 +86,9 @@ class Memory:
             )
 
 
-def board_regions(memory: Memory) -> str:
-    """The linker's view of a board: everything packed into one RAM and one flash."""
-    banks = [("FLASH", "rx", CODE, memory.flash), ("RAM", "rw", RAM, memory.ram)]
+def board_regions(memory: Memory, *, code: int = CODE) -> str:
+    """The linker's view of a board: everything packed into one RAM and one flash, which begins at ``code``."""
+    banks = [("FLASH", "rx", code, memory.flash), ("RAM", "rw", RAM, memory.ram)]
     if memory.external:
         banks.append(("XFLASH", "r", EXTERNAL, memory.external))
     lines = [f"    {name} ({how}) : ORIGIN = {at:#x}, LENGTH = {size}" for name, how, at, size in banks]

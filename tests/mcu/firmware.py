@@ -51,6 +51,7 @@ def expected(inputs: dict[str, np.ndarray]) -> np.ndarray:
 def program(defect: str = "") -> Program:
     """``defect`` is a statement at the end of the function."""
     files = {
+        "model.h": "void model_run(const float *x, float *y);\n",
         "model.c": SOURCE.format(rows=ROWS, columns=COLUMNS, defect=defect),
         "weights.S": include_binary("model_weights", "weights.bin"),
         "weights.bin": weights().tobytes(),
