@@ -1,0 +1,398 @@
+"""Fusion of stages: views and cheap formulas vanish into their readers, a reduction takes its elementwise reader in.
+
+All rewrites here are exact: every element is computed by the same formula as before, perhaps more than once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from lrcompile.dataflow.expr import Call, Const, Expr, Load, Position, cost, rewrite, walk, with_vars
+from lrcompile.dataflow.index import Quotient, Remainder, Sum, Var, bounds, of
+from lrcompile.dataflow.stage import Formulas, Part, Stage, unique
+
+CHEAP = 4  # instructions that may be spent twice rather than a buffer on their result
+ROUNDS = 200
+LARGE = 150  # nodes of an expression that takes no more in
+
+
+def fuse(formulas: Formulas) -> Formulas:
+    """Fuses until nothing changes; what nobody reads goes first, so that costs are those of what remains."""
+    formulas = _settled(formulas, _only_needed)
+    return _settled(formulas, lambda each: _inline(_finish_reductions(_settled(each, _only_needed)).used()))
+
+
+def _only_needed(formulas: Formulas) -> Formulas:
+    return restrict(_split_concatenated(_inline(formulas.used(), moves_only=True).used()))
+
+
+def _settled(formulas: Formulas, change: Callable[[Formulas], Formulas]) -> Formulas:
+    for _ in range(ROUNDS):
+        before = _signature(formulas)
+        formulas = change(formulas).used()
+        if _signature(formulas) == before:
+            break
+    return formulas
+
+
+def _signature(formulas: Formulas) -> list[tuple]:
+    return [(name, stage.shape, len(stage.parts), len(stage.reads())) for name, stage in formulas.stages.items()]
+
+
+# -- views and elementwise stages into their readers -----------------------------------------------
+
+
+def _inline(formulas: Formulas, *, moves_only: bool = False) -> Formulas:
+    demand = _demand(formulas)
+    done: dict[str, Stage] = {}
+    gone: set[str] = set()
+    for name, stage in formulas.stages.items():
+        done[name] = replace(stage, parts=tuple(_inline_part(part, done, gone) for part in stage.parts))
+        if _vanishes(done[name], demand, moves_only):
+            gone.add(name)
+    return replace(formulas, stages=done)
+
+
+def _inline_part(part: Part, done: dict[str, Stage], gone: set[str]) -> Part:
+    def new(value: Expr) -> Expr | None:
+        if not isinstance(value, Load) or value.tensor not in gone:
+            return None
+        source = done[value.tensor]
+        inner = source.parts[0]
+        return with_vars(inner.finish, dict(zip(inner.axes, value.index, strict=True)))
+
+    nodes = part.nodes
+    for load in part.loads():
+        if load.tensor in gone:
+            nodes = _joined(done[load.tensor].parts[0].nodes, nodes)
+    body = None if part.body is None else rewrite(part.body, new)
+    return replace(part, body=body, finish=rewrite(part.finish, new), nodes=nodes)
+
+
+def _joined(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(first + second))
+
+
+def _vanishes(stage: Stage, demand: Counter[str], moves_only: bool) -> bool:
+    part = stage.parts[0] if stage.parts else None
+    if part is None or len(stage.parts) > 1 or part.inner or not part.identity:
+        return False
+    if isinstance(part.finish, (Load, Const, Position)):
+        return True
+    if moves_only:
+        return False
+    if len(list(walk(part.finish))) > LARGE:
+        return False
+    loaded = demand[stage.name] / max(part.size, 1)
+    return loaded <= 1 or (cost(part.finish) <= CHEAP and loaded <= 3) or (_view(part.finish) and loaded <= 8)
+
+
+def _view(value: Expr) -> bool:
+    """Only moves elements, perhaps with a constant around them."""
+    if isinstance(value, Call):
+        return value.op in ("guard", "select") and all(_view(arg) for arg in value.args[1:])
+    return isinstance(value, (Load, Const, Position))
+
+
+def _demand(formulas: Formulas) -> Counter[str]:
+    """How many loads of elements of each tensor a run makes."""
+    found: Counter[str] = Counter(dict.fromkeys(formulas.outputs, 0))
+    for stage in formulas.stages.values():
+        for part in stage.parts:
+            for load in part.loads():
+                found[load.tensor] += part.size
+            if part.body is not None:
+                for each in walk(part.body):
+                    if isinstance(each, Load):
+                        found[each.tensor] += part.size * (part.reach - 1)
+    return found
+
+
+# -- concatenations --------------------------------------------------------------------------------
+
+
+def _split_concatenated(formulas: Formulas) -> Formulas:
+    """An elementwise reader of a concatenation becomes a concatenation itself."""
+    readers = formulas.readers()
+    stages = {}
+    for name, stage in formulas.stages.items():
+        parts: list[Part] = []
+        for part in stage.parts:
+            parts += _split_part(part, formulas, readers)
+        stages[name] = replace(stage, parts=tuple(parts))
+    return replace(formulas, stages=stages)
+
+
+def _split_part(part: Part, formulas: Formulas, readers: dict[str, list[str]]) -> Iterator[Part]:
+    for load in [] if part.inner else list(part.loads()):
+        source = formulas.stages.get(load.tensor)
+        if source is None or len(source.parts) == 1 or len(readers[source.name]) > 1 or source.name in formulas.outputs:
+            continue
+        if source.parts[0].size and sum(each.size for each in source.parts) != part.size:
+            continue
+        pieces = _pieces(part, load, source)
+        if pieces is not None:
+            yield from pieces
+            return
+    yield part
+
+
+def _pieces(part: Part, load: Load, source: Stage) -> list[Part] | None:
+    axis = _cut_axis(source)
+    var = None if axis is None else load.index[axis].variable
+    if axis is None or var is None or len([each for each in part.loads() if each.tensor == source.name]) > 1:
+        return None
+    result = []
+    for inner in source.parts:
+        first = inner.store[axis].constant
+        piece = Var.new(inner.axes[axis].extent)
+        table = {var: of(piece) + first}
+        moved = replace(
+            part,
+            axes=tuple(piece if each == var else each for each in part.axes),
+            store=tuple(_shift(index, table) for index in part.store),
+            finish=with_vars(part.finish, table),
+            nodes=_joined(inner.nodes, part.nodes),
+        )
+        result.append(unique(_take_in(moved, source.name, unique(inner), axis, first)))
+    return result
+
+
+def _shift(index: Sum, table: dict[Var, Sum]) -> Sum:
+    from lrcompile.dataflow.index import substitute
+
+    return substitute(index, table.get)
+
+
+def _cut_axis(source: Stage) -> int | None:
+    """The only axis along which the parts of a concatenation differ."""
+    axes = set()
+    for part in source.parts:
+        for axis, (index, var) in enumerate(zip(part.store, part.axes, strict=True)):
+            if (index - of(var)).terms:
+                return None
+            if index.constant or var.extent != source.shape[axis]:
+                axes.add(axis)
+    return axes.pop() if len(axes) == 1 else None
+
+
+def _take_in(part: Part, name: str, inner: Part, axis: int, first: int) -> Part:
+    """Replaces the one load of ``name`` by the formula of a part of it."""
+    load = next(each for each in part.loads() if each.tensor == name)
+    index = [each - first if at == axis else each for at, each in enumerate(load.index)]
+    table = dict(zip(inner.axes, index, strict=True))
+    finish = with_vars(inner.finish, table)
+    whole = rewrite(part.finish, lambda each: finish if isinstance(each, Load) and each.tensor == name else None)
+    body = None if inner.body is None else with_vars(inner.body, table)
+    return replace(part, finish=whole, inner=inner.inner, combine=inner.combine, body=body)
+
+
+# -- reductions ------------------------------------------------------------------------------------
+
+
+def _finish_reductions(formulas: Formulas) -> Formulas:
+    """A reduction that only one elementwise stage reads is computed there."""
+    readers = formulas.readers()
+    stages = dict(formulas.stages)
+    for name, stage in formulas.stages.items():
+        stages[name] = replace(
+            stage, parts=tuple(_with_reduction(part, stages, readers, formulas) for part in stage.parts)
+        )
+    return replace(formulas, stages=stages)
+
+
+def _with_reduction(part: Part, stages: dict[str, Stage], readers: dict[str, list[str]], formulas: Formulas) -> Part:
+    if part.inner:
+        return part
+    for load in part.loads():
+        source = stages.get(load.tensor)
+        if source is None or len(source.parts) > 1 or source.name in formulas.outputs:
+            continue
+        inner = source.parts[0]
+        if not inner.inner or not inner.identity or len(readers[source.name]) > 1:
+            continue
+        if part.size > inner.size or _guarded(part.finish, source.name):
+            continue
+        if len({each for each in part.loads() if each.tensor == source.name}) > 1:
+            continue
+        inner = unique(inner)
+        table = dict(zip(inner.axes, load.index, strict=True))
+        finish, name = with_vars(inner.finish, table), source.name
+        whole = rewrite(part.finish, lambda each: finish if isinstance(each, Load) and each.tensor == name else None)  # noqa: B023
+        body = None if inner.body is None else with_vars(inner.body, table)
+        return replace(
+            part,
+            finish=whole,
+            inner=inner.inner,
+            combine=inner.combine,
+            body=body,
+            nodes=_joined(inner.nodes, part.nodes),
+        )
+    return part
+
+
+def _guarded(value: Expr, name: str) -> bool:
+    """Whether a tensor is loaded only under a condition: outside of it the index may be out of range."""
+    for each in walk(value):
+        if isinstance(each, Call) and each.op == "guard":
+            for arg in each.args[1:]:
+                if any(isinstance(inner, Load) and inner.tensor == name for inner in walk(arg)):
+                    return True
+    return False
+
+
+# -- only what is read -----------------------------------------------------------------------------
+
+Box = tuple[tuple[int, int], ...]
+
+
+def restrict(formulas: Formulas) -> Formulas:
+    """Cuts away elements that nobody reads, and separates elements that different readers read.
+
+    A joint projection to queries, keys and values becomes three, the last block of a classifier that reads one
+    token computes one token.
+    """
+    stages = dict(formulas.stages)
+    boxes: dict[str, set[Box]] = {}
+    cuts: dict[str, tuple[int, list[tuple[int, int]], tuple[int, ...]]] = {}
+    for name in reversed(formulas.stages):
+        stage = stages[name]
+        cut = None if name in formulas.outputs else _cut(stage, boxes.get(name, set()))
+        if cut is not None:
+            cuts[name] = cut
+            if len(cut[1]) == 1:  # shrunk: its own demands shrink, too
+                stages[name] = stage = _window(stage, cut[0], cut[1][0], name)
+        for part in stage.parts:
+            for load in part.loads():
+                if load.tensor in stages:
+                    boxes.setdefault(load.tensor, set()).add(_box(load, stages[load.tensor].shape))
+    return _apply_cuts(replace(formulas, stages=stages), cuts, formulas) if cuts else formulas
+
+
+def _box(load: Load, shape: tuple[int, ...]) -> Box:
+    box = []
+    for index, extent in zip(load.index, shape, strict=True):
+        low, high = bounds(index) or (0, extent - 1)
+        box.append((max(low, 0), min(high, extent - 1) + 1))
+    return tuple(box)
+
+
+def _cut(stage: Stage, boxes: set[Box]) -> tuple[int, list[tuple[int, int]], tuple[int, ...]] | None:
+    """(axis, intervals to keep, old shape), where that is less than all, or more than one."""
+    if len(stage.parts) > 1 or not stage.parts[0].identity or not boxes:
+        return None
+    for axis, extent in enumerate(stage.shape):
+        merged: list[list[int]] = []
+        for low, high in sorted({box[axis] for box in boxes}):
+            if merged and low < merged[-1][1]:
+                merged[-1][1] = max(merged[-1][1], high)
+            else:
+                merged.append([low, high])
+        intervals = [(low, high) for low, high in merged if high > low]
+        if intervals and len(intervals) <= 8 and intervals != [(0, extent)]:
+            return axis, intervals, stage.shape
+    return None
+
+
+def _window(stage: Stage, axis: int, interval: tuple[int, int], name: str) -> Stage:
+    """The stage restricted to an interval of one axis."""
+    part = unique(stage.parts[0])
+    var = Var.new(interval[1] - interval[0])
+    table = {part.axes[axis]: of(var) + interval[0]}
+    axes = tuple(var if at == axis else each for at, each in enumerate(part.axes))
+    shape = tuple(var.extent if at == axis else each for at, each in enumerate(stage.shape))
+    body = None if part.body is None else with_vars(part.body, table)
+    part = replace(part, axes=axes, store=tuple(map(of, axes)), finish=with_vars(part.finish, table), body=body)
+    return Stage(name, shape, stage.dtype, (part,))
+
+
+def _apply_cuts(formulas: Formulas, cuts: dict, old: Formulas) -> Formulas:
+    stages: dict[str, Stage] = {}
+
+    def new(value: Expr) -> Expr | None:
+        if not isinstance(value, Load) or value.tensor not in cuts:
+            return None
+        axis, intervals, shape = cuts[value.tensor]
+        low = _box(value, shape)[axis][0]
+        at = next(i for i, (first, last) in enumerate(intervals) if first <= low < last)
+        index = tuple(each - intervals[at][0] if k == axis else each for k, each in enumerate(value.index))
+        return replace(value, tensor=_piece(value.tensor, at, intervals), index=index)
+
+    for name, stage in formulas.stages.items():
+        fixed = replace(stage, parts=tuple(_rewritten(part, new) for part in stage.parts))
+        if name in cuts and len(cuts[name][1]) > 1:
+            axis, intervals, _ = cuts[name]
+            for at, interval in enumerate(intervals):
+                piece = _piece(name, at, intervals)
+                stages[piece] = _window(fixed, axis, interval, piece)
+        else:
+            stages[name] = fixed
+    return replace(formulas, stages=stages)
+
+
+def _piece(name: str, at: int, intervals: list[tuple[int, int]]) -> str:
+    return name if len(intervals) == 1 else f"{name}.{at}"
+
+
+def _rewritten(part: Part, new: object) -> Part:
+    body = None if part.body is None else rewrite(part.body, new)  # type: ignore[arg-type]
+    return replace(part, body=body, finish=rewrite(part.finish, new))  # type: ignore[arg-type]
+
+
+# -- axes ------------------------------------------------------------------------------------------
+
+
+def refine(formulas: Formulas) -> Formulas:
+    """Splits variables where an index divides them, so that all indices become sums."""
+    stages = {
+        name: replace(stage, parts=tuple(_refine_part(part) for part in stage.parts))
+        for name, stage in formulas.stages.items()
+    }
+    return replace(formulas, stages=stages)
+
+
+def _refine_part(part: Part) -> Part:
+    for _ in range(16):
+        found = _divided(part)
+        if found is None:
+            return part
+        var, inner = found
+        high, low = Var.new(var.extent // inner), Var.new(inner)
+        table = {var: of(high) * inner + of(low)}
+        part = replace(
+            part,
+            axes=_replaced(part.axes, var, (high, low)),
+            inner=_replaced(part.inner, var, (high, low)),
+            store=tuple(_shift(index, table) for index in part.store),
+            finish=with_vars(part.finish, table),
+            body=None if part.body is None else with_vars(part.body, table),
+        )
+    return part
+
+
+def _replaced(axes: tuple[Var, ...], var: Var, by: tuple[Var, Var]) -> tuple[Var, ...]:
+    return tuple(new for each in axes for new in (by if each == var else (each,)))
+
+
+def _divided(part: Part) -> tuple[Var, int] | None:
+    """A variable that some index divides, and the extent of its lower half."""
+    own = {*part.axes, *part.inner}
+    for load in part.loads():
+        for index in load.index:
+            for atom in _opaque(index):
+                for var, factor in atom.value.terms:
+                    if not isinstance(var, Var) or var not in own or factor <= 0 or atom.divisor % factor:
+                        continue
+                    inner = atom.divisor // factor
+                    if 1 < inner < var.extent and var.extent % inner == 0:
+                        return var, inner
+    return None
+
+
+def _opaque(index: Sum) -> Iterator[Quotient | Remainder]:
+    for atom, _ in index.terms:
+        if isinstance(atom, (Quotient, Remainder)):
+            yield from _opaque(atom.value)
+            yield atom
