@@ -11,6 +11,7 @@ import numpy as np
 from lrcompile.dataflow.expr import Call, Const, Datum, Expr, Load, Position, Result
 from lrcompile.dataflow.index import Quotient, Sum, Var
 from lrcompile.dataflow.stage import Formulas, Part, Stage, start
+from lrcompile.fixedpoint import isqrt
 
 Array = np.ndarray
 _math = {name: np.vectorize(getattr(math, name), otypes=[float]) for name in ("erf",)}
@@ -47,6 +48,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "atanh": np.arctanh,
     "pow": np.power,
     "rem": np.fmod,
+    "isqrt": isqrt,
     "select": np.where,
     "guard": np.where,
     "erf": lambda x: _math["erf"](x).astype(x.dtype),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def _prototypes() -> str:
     return one + "".join(f"float device_{name}(float, float);" for name in NAMES[len(ONE) :]) + "\n"
 
 
-def reference(name: str) -> object:
+def reference(name: str) -> Any:
     """The host's function for double."""
     return getattr(ctypes.CDLL("libm.so.6"), name[:-1])
 

@@ -12,19 +12,19 @@ from lrcompile.dataflow.expr import Load
 from lrcompile.dataflow.index import of
 from lrcompile.dataflow.stage import Formulas, Part, Stage, new_axes
 from lrcompile.errors import InvalidInputError, UnsupportedError
-from lrcompile.graphs.onnx.formulas import linear, moving, pointwise, reducing
+from lrcompile.graphs.onnx.formulas import integer, linear, moving, pointwise, reducing
 from lrcompile.graphs.onnx.formulas.builder import TABLE, Builder
 
 FOLD_MAX = 2**24  # elements that a folded constant may have
 DEFAULT = ("", "ai.onnx")
 
 __all__ = ["build", "supported"]
-_TABLES = (linear, moving, pointwise, reducing)  # importing them fills the table
+_TABLES = (integer, linear, moving, pointwise, reducing)  # importing them fills the table
 
 
 def supported() -> list[str]:
     """Operators of the default domain that have a formula of their own."""
-    return sorted(TABLE)
+    return sorted(name for name in TABLE if "::" not in name)
 
 
 def build(model: ir.Model, shapes: Mapping[str, Sequence[int]] | None = None) -> Formulas:
@@ -105,12 +105,12 @@ def _node(builder: Builder, node: ir.Node, model: ir.Model) -> None:
         return _constant(builder, node.outputs[0].name, _shape_value(builder, node))
     if _fold(builder, node, model):
         return
-    handler = TABLE.get(node.op_type) if node.domain in DEFAULT else None
+    name = node.op_type if node.domain in DEFAULT else f"{node.domain}::{node.op_type}"
+    handler = TABLE.get(name)
     if handler is not None:
         return handler(builder, node)
     body = _function(builder, node)
     if body is None:
-        name = node.op_type if node.domain in DEFAULT else f"{node.domain}::{node.op_type}"
         raise UnsupportedError(f"operator {name}: no formula", where=node.name or builder._node)
     _expand(builder, node, body, model)
 
