@@ -45,7 +45,7 @@ static void transfer(const struct lrc_file *file, uintptr_t mode, uintptr_t oper
 
 int main(void)
 {
-    volatile uint32_t *here = (volatile uint32_t *)__builtin_frame_address(0) - 64;
+    volatile uint32_t *here; /* the stack pointer: nothing interrupts, so what is below is free to paint */
     volatile uint32_t *word;
     uint32_t cost[2];
     struct lrc_file report;
@@ -54,6 +54,7 @@ int main(void)
     for (index = 0; index < LRC_INPUTS; ++index) {
         transfer(&lrc_files[index], 1, SYS_READ);
     }
+    __asm__ volatile("mov %0, sp" : "=r"(here));
     for (word = lrc_stack_bottom; word < here; ++word) {
         *word = PAINT;
     }
@@ -62,7 +63,7 @@ int main(void)
     SYST_CSR = 5; /* processor clock, no interrupt */
     lrc_call();
     cost[0] = 0xFFFFFFu - SYST_CVR;
-    for (word = lrc_stack_bottom; *word == PAINT; ++word) {
+    for (word = lrc_stack_bottom; word < here && *word == PAINT; ++word) {
     }
     cost[1] = (uint32_t)((uintptr_t)here - (uintptr_t)word);
     for (; index < sizeof lrc_files / sizeof lrc_files[0]; ++index) {
