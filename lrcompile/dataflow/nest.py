@@ -13,8 +13,11 @@ from typing import Literal
 from lrcompile.dataflow.blocking import work
 from lrcompile.dataflow.expr import Load, with_vars
 from lrcompile.dataflow.index import Sum, Var, of, substitute
-from lrcompile.dataflow.region import Region, contains, read, union, whole
+from lrcompile.dataflow.region import Region, contains, reach, read, union, whole
 from lrcompile.dataflow.stage import Formulas, Part, Stage, unique
+
+TOLERANCE = 1.3
+"""Extra work that still counts as none: a last piece that overlaps the one before."""
 
 Mode = Literal["once", "again"]
 """``once``: where it costs no extra work. ``again``: as small as possible, for each reader anew."""
@@ -114,13 +117,17 @@ def _changed(part: Part, axes: tuple[Var, ...], table: Mapping[Var, Sum]) -> Par
 
 def piece(part: Part, region: Region) -> Part | None:
     """The part restricted to a box of its tensor, over fresh variables; None where the box does not fit its axes."""
-    part = unique(part)
     table: dict[Var, Sum] = {}
     axes: dict[Var, Var] = {}
     for index, start, extent in zip(part.store, region.starts, region.extents, strict=True):
         if not _restrict_axis(index, start, extent, table, axes):
             return None
-    return _changed(part, tuple(axes.get(var, var) for var in part.axes), table)
+    for var in (*part.axes, *part.inner):
+        if var not in axes:
+            axes[var] = Var.new(var.extent)
+            table[var] = of(axes[var])
+    made = _changed(part, tuple(axes[var] for var in part.axes), table)
+    return replace(made, inner=tuple(axes[var] for var in part.inner))
 
 
 def _restrict_axis(index: Sum, start: Sum, extent: int, table: dict[Var, Sum], axes: dict[Var, Var]) -> bool:
@@ -173,12 +180,12 @@ class Nest:
         self._readers: dict[str, list[Node]] = {}
         self._names: dict[str, int] = {}
         self._register(self.root)
-        for name in reversed([name for name in formulas.stages if name in inside]):
+        for name in sorted(inside, key=formulas.places.__getitem__, reverse=True):
             readers = self._readers.get(name, [])
-            groups = [[each] for each in readers] if inside[name] == "again" else [readers]
-            for group in groups:
-                if group:
-                    self._place(formulas.stages[name], group)
+            if readers and inside[name] == "once":
+                self._place(formulas.stages[name], readers, *self._spot(formulas.stages[name], readers))
+            elif readers:
+                self._again(formulas.stages[name], readers)
         for node in self.root.nodes():
             node.drop_loops()
         self.work = sum(node.work for node in self.root.nodes())
@@ -189,23 +196,38 @@ class Nest:
                 self._readers.setdefault(name, []).append(node)
         node.work = work(node.part) * node.path[-1].turns
 
-    def _place(self, stage: Stage, readers: list[Node]) -> None:
-        """Puts a stage at the best position that all its readers can see."""
+    def _again(self, stage: Stage, readers: list[Node]) -> None:
+        """Readers that would have it at the same place share it."""
+        groups: dict[tuple[int, Region], tuple[Position, Region, list[Node]]] = {}
+        for reader in readers:
+            position, region = self._spot(stage, [reader])
+            groups.setdefault((id(position), region), (position, region, []))[2].append(reader)
+        for position, region, group in groups.values():
+            self._place(stage, group, position, region)
+
+    def _spot(self, stage: Stage, readers: list[Node]) -> tuple[Position, Region]:
+        """The best position that all readers can see, and what they read there."""
         common = list(readers[0].path)
         for reader in readers[1:]:
             common = [a for a, b in zip(common, reader.path, strict=False) if a is b]
+        indices = list(
+            dict.fromkeys(load.index for reader in readers for load in reader.part.loads() if load.tensor == stage.name)
+        )
         options = []
         for position in common:
-            loads = [load.index for reader in readers for load in reader.part.loads() if load.tensor == stage.name]
-            region = union([read(index, stage.shape, position.fixed) for index in loads], stage.shape)
-            total = position.turns * region.size
-            key = (region.size, total) if self.inside[stage.name] == "again" else (total, region.size)
-            options.append((*key, position, region))
-        position, region = min(options, key=lambda each: each[:2])[2:]
+            region = union([read(index, stage.shape, position.fixed) for index in indices], stage.shape)
+            options.append((position.turns * region.size, region.size, position, region))
+        least = min(total for total, *_ in options)
+        if self.inside[stage.name] == "once":
+            options = [each for each in options if each[0] <= least * TOLERANCE]
+        return min(options, key=lambda each: (each[1], each[0]))[2:]
+
+    def _place(self, stage: Stage, readers: list[Node], position: Position, region: Region) -> None:
+        """Computes a region of a stage at a position."""
         made = piece(stage.parts[0], region)
         if made is None:
             region = whole(stage.shape)
-            position = min(options, key=lambda each: len(each[2].fixed))[2]
+            position = readers[0].path[0]
             made = piece(stage.parts[0], region)
             assert made is not None
         count = self._names[stage.name] = self._names.get(stage.name, 0) + 1
@@ -222,18 +244,17 @@ class Nest:
 
     def _own_loops(self, part: Part, position: Position) -> list[tuple[int, int]]:
         """The axis along which pieces make what the part reads smaller at no extra work."""
-        loads = [load for load in part.loads() if load.tensor in self.inside]
+        loads = {(load.tensor, load.index) for load in part.loads() if load.tensor in self.inside}
         best: tuple[int, list[tuple[int, int]]] = (0, [])
         for axis, var in enumerate(part.axes):
             if not loads or var.extent <= self.size:
                 continue
-            gain, tiled = 0, tile(part, [(axis, self.size)])
-            fixed = position.fixed | {tiled[1][0].var}
-            for old, new in zip(loads, (each for each in tiled[0].loads() if each.tensor in self.inside), strict=True):
-                shape = self.formulas.shape(old.tensor)
-                full, small = read(old.index, shape, position.fixed).size, read(new.index, shape, fixed).size
-                free = small * tiled[1][0].turns <= full * 1.25
-                gain += full - small if free else 0
+            gain, turns = 0, -(-var.extent // self.size)
+            for name, index in loads:
+                shape = self.formulas.shape(name)
+                full = reach(index, shape, position.fixed, {})
+                small = reach(index, shape, position.fixed, {var: self.size})
+                gain += full - small if small * turns <= full * TOLERANCE else 0
             if gain > best[0]:
                 best = gain, [(axis, self.size)]
         return best[1]

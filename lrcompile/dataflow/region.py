@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from math import prod
 
@@ -37,6 +37,21 @@ def read(index: tuple[Sum, ...], shape: tuple[int, ...], fixed: Set[Var]) -> Reg
         starts.append(start)
         extents.append(reach)
     return Region(tuple(starts), tuple(extents))
+
+
+def reach(index: tuple[Sum, ...], shape: tuple[int, ...], fixed: Set[Var], extents: Mapping[Var, int]) -> int:
+    """How many elements an access may reach where some variables run over other extents than their own."""
+    total = 1
+    for each, extent in zip(index, shape, strict=True):
+        size = 1
+        for atom, factor in each.terms:
+            if isinstance(atom, Var):
+                size += 0 if atom in fixed else abs(factor) * (extents.get(atom, atom.extent) - 1)
+            elif not all(var in fixed for var in variables(Sum(((atom, 1),)))) or not bounds(Sum(((atom, 1),))):
+                ends = bounds(Sum(((atom, factor),)))
+                size = extent if ends is None else size + ends[1] - ends[0]
+        total *= min(size, extent)
+    return total
 
 
 def _interval(index: Sum, fixed: Set[Var]) -> tuple[Sum, int] | None:
