@@ -354,6 +354,7 @@ def refine(formulas: Formulas) -> Formulas:
 
 
 def _refine_part(part: Part) -> Part:
+    part = _without_single(part)
     for _ in range(16):
         found = _divided(part)
         if found is None:
@@ -370,6 +371,17 @@ def _refine_part(part: Part) -> Part:
             body=None if part.body is None else with_vars(part.body, table),
         )
     return part
+
+
+def _without_single(part: Part) -> Part:
+    """Variables with one value are numbers, so that equal indices look equal."""
+    table = {var: Sum() for var in (*part.axes, *part.inner) if var.extent == 1}
+    return replace(
+        part,
+        store=tuple(_shift(index, table) for index in part.store),
+        finish=with_vars(part.finish, table),
+        body=None if part.body is None else with_vars(part.body, table),
+    )
 
 
 def _replaced(axes: tuple[Var, ...], var: Var, by: tuple[Var, Var]) -> tuple[Var, ...]:

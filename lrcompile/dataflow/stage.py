@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -105,6 +106,11 @@ class Formulas:
         if tensor in self.stages:
             return self.stages[tensor].dtype
         return self.inputs[tensor][1] if tensor in self.inputs else self.constants[tensor].dtype.name
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Stage → its place in the order. Only for formulas that do not change any more."""
+        return {name: at for at, name in enumerate(self.stages)}
 
     def readers(self) -> dict[str, list[str]]:
         """Stage → stages that load from it, in order."""

@@ -1,0 +1,249 @@
+"""Ways to compute one stage together with others inside its loops."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lrcompile.dataflow.expr import Call, Const, Datum, Expr, Load, Position, with_vars
+from lrcompile.dataflow.index import Quotient, Remainder, Sum, Var, of, substitute, variables
+from lrcompile.dataflow.nest import Mode, Nest, overwrites
+from lrcompile.dataflow.scratch import Scratch
+from lrcompile.dataflow.stage import Formulas, Part, Stage
+
+Inside = Mapping[str, Mode]
+Loops = tuple[tuple[int, int], ...]
+TILES = (4,)
+"""Sizes of pieces that the search compares; the chosen nests are refined afterwards."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What tells one nest from another: loops of each part, and the size of pieces inside."""
+
+    loops: tuple[Loops, ...]
+    size: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Option:
+    """One way to compute a stage: its nests, the memory of their pieces, the work."""
+
+    shape: Shape
+    nests: tuple[Nest, ...]
+    scratch: int
+    work: float
+
+    def overwrites(self, tensor: str) -> bool:
+        """Whether the stage may take the memory of a tensor that nobody needs later."""
+        alone = len(self.nests) == 1
+        return all(overwrites(nest, tensor, alone=alone) for nest in self.nests)
+
+
+class Options:
+    """Finds and remembers options. Equal structures, as in repeated blocks, are looked at once."""
+
+    def __init__(self, formulas: Formulas, tiles: Sequence[int] = TILES) -> None:
+        self.formulas, self.tiles = formulas, tuple(tiles)
+        self._known: dict[tuple, list[Shape]] = {}
+        self._made: dict[tuple, list[Option]] = {}
+        self._keys = {name: _structure(stage, formulas) for name, stage in formulas.stages.items()}
+
+    def of(self, name: str, inside: Inside) -> list[Option]:
+        """Options that no other one beats in both memory and work, the least work first."""
+        exact = (name, tuple(sorted(inside.items())))
+        if exact not in self._made:
+            key = self._signature(name, inside)
+            if key in self._known:
+                self._made[exact] = [self._again(name, inside, shape) for shape in self._known[key]]
+            else:
+                self._made[exact] = _best(list(self._search(name, inside)))
+                self._known[key] = [each.shape for each in self._made[exact]]
+        return self._made[exact]
+
+    def refined(self, name: str, option: Option, inside: Inside, tiles: Sequence[int]) -> Iterator[Option]:
+        """The same loops in pieces of other sizes."""
+        for size in tiles:
+            loops = tuple(
+                tuple(
+                    (axis, _piece(part, axis, size) if at == len(each) - 1 else tile)
+                    for at, (axis, tile) in enumerate(each)
+                )
+                for each, part in zip(option.shape.loops, self.formulas.stages[name].parts, strict=False)
+            )
+            yield self._build(name, inside, loops, size)
+            split = self._split(name, inside, loops, size)
+            if split is not None:
+                yield split
+
+    # -- search ---------------------------------------------------------------------------------
+
+    def _search(self, name: str, inside: Inside) -> Iterator[Option]:
+        stage = self.formulas.stages[name]
+        bare = self._build(name, inside, tuple(() for _ in stage.parts), self.tiles[0])
+        yield bare
+        if not inside:
+            return
+        for size in self.tiles:
+            each_part = [self._axes(part, inside) for part in stage.parts]
+            if len(each_part) > 1:
+                loops = tuple(
+                    tuple((at, _piece(part, at, size)) for at in axes[:1])
+                    for part, axes in zip(stage.parts, each_part, strict=True)
+                )
+                yield self._build(name, inside, loops, size)
+                continue
+            part, useful = stage.parts[0], []
+            for axis in each_part[0]:
+                found = self._exactly(name, inside, ((axis, _piece(part, axis, size)),), size)
+                yield found
+                if found.scratch < bare.scratch * 0.95:
+                    useful.append(axis)
+            for first, last in itertools.permutations(useful, 2):
+                yield self._exactly(name, inside, ((first, 1), (last, _piece(part, last, size))), size)
+
+    def _axes(self, part: Part, inside: Inside) -> list[int]:
+        """Axes that what is computed inside depends on."""
+        used = {
+            var for load in part.loads() if load.tensor in inside for index in load.index for var in variables(index)
+        }
+        return [at for at, var in enumerate(part.axes) if var.extent > 1 and var in used]
+
+    def _exactly(self, name: str, inside: Inside, loops: Loops, size: int) -> Option:
+        """With the remainder of the last loop as a nest of its own, where that repeats no other work."""
+        found = self._build(name, inside, (loops,), size)
+        if all(level == len(loops) for level, _ in found.nests[0].root.children):
+            return self._split(name, inside, (loops,), size) or found
+        return found
+
+    def _build(
+        self, name: str, inside: Inside, loops: Sequence[Loops], size: int, parts: tuple[Part, ...] | None = None
+    ) -> Option:
+        stage = self.formulas.stages[name]
+        chosen = parts or stage.parts
+        nests = []
+        for part, each in zip(chosen, loops, strict=True):
+            nests.append(Nest(self.formulas, stage, part, inside, each, size))
+        scratch = max(Scratch(nest).size for nest in nests)
+        return Option(Shape(tuple(loops), size, chosen), tuple(nests), scratch, sum(nest.work for nest in nests))
+
+    def _again(self, name: str, inside: Inside, shape: Shape) -> Option:
+        """An option for a stage that was found for another one of the same structure."""
+        if len(shape.parts) > len(self.formulas.stages[name].parts):
+            found = self._split(name, inside, shape.loops, shape.size)
+            assert found is not None
+            return found
+        return self._build(name, inside, shape.loops, shape.size)
+
+    def _split(self, name: str, inside: Inside, loops: Sequence[Loops], size: int) -> Option | None:
+        """With the remainder of the last loop as a nest of its own, so that nothing is computed twice."""
+        stage = self.formulas.stages[name]
+        if len(stage.parts) > 1 or not loops[0]:
+            return None
+        (axis, tile), part = loops[0][-1], stage.parts[0]
+        rest = part.axes[axis].extent % tile
+        if not rest:
+            return None
+        parts = _halves(part, axis, part.axes[axis].extent - rest)
+        tail = (*loops[0][:-1], (axis, rest))
+        return self._build(name, inside, (loops[0], tail), size, parts)
+
+    # -- equal structures ------------------------------------------------------------------------
+
+    def _signature(self, name: str, inside: Inside) -> tuple:
+        """Equal for stages of the same structure: names of tensors are numbered."""
+        numbers: dict[str, int] = {}
+        rows = []
+        for each in [*(other for other in self.formulas.stages if other in inside), name]:
+            structure, tensors = self._keys[each]
+            rows.append(
+                (structure, inside.get(each), tuple(numbers.setdefault(t, len(numbers)) if t in inside else -1 for t in tensors))
+            )
+            numbers.setdefault(each, len(numbers))
+        return tuple(rows)
+
+
+def _piece(part: Part, axis: int, size: int) -> int:
+    return min(size, part.axes[axis].extent)
+
+
+def _halves(part: Part, axis: int, at: int) -> tuple[Part, ...]:
+    old = part.axes[axis]
+    made = []
+    for first, extent in ((0, at), (at, old.extent - at)):
+        var = Var.new(extent)
+        table = {old: of(var) + first}
+        made.append(
+            replace(
+                part,
+                axes=tuple(var if each == old else each for each in part.axes),
+                store=tuple(substitute(index, table.get) for index in part.store),
+                finish=with_vars(part.finish, table),
+                body=None if part.body is None else with_vars(part.body, table),
+            )
+        )
+    return tuple(made)
+
+
+def _best(options: list[Option]) -> list[Option]:
+    """Those that no other one beats; of equals the first. What can be written in place counts apart."""
+    kept: list[Option] = []
+    for each in sorted(options, key=lambda option: (option.work, option.scratch)):
+        exact = _exact(each)
+        if not any(
+            other.scratch <= each.scratch and other.work <= each.work and (_exact(other) or not exact) for other in kept
+        ):
+            kept.append(each)
+    return kept
+
+
+def _exact(option: Option) -> bool:
+    return all(loop.exact for nest in option.nests for loop in nest.root.loops)
+
+
+# -- structure as a value ----------------------------------------------------------------------------
+
+
+class _Numbering:
+    def __init__(self, formulas: Formulas) -> None:
+        self.formulas = formulas
+        self.vars: dict[Var, int] = {}
+        self.tensors: dict[str, int] = {}
+
+    def index(self, index: Sum) -> tuple:
+        rows = []
+        for atom, factor in index.terms:
+            if isinstance(atom, Var):
+                rows.append((self.vars.setdefault(atom, len(self.vars)), atom.extent, factor))
+            elif isinstance(atom, (Quotient, Remainder)):
+                rows.append((type(atom).__name__, self.index(atom.value), atom.divisor, factor))
+            elif isinstance(atom, Datum):
+                rows.append(("data", self.value(atom.value), factor))
+        return (*rows, index.constant)
+
+    def value(self, value: Expr) -> tuple:
+        match value:
+            case Const():
+                return ("const", value.value, value.dtype)
+            case Position():
+                return ("position", self.index(value.index))
+            case Load():
+                number = self.tensors.setdefault(value.tensor, len(self.tensors))
+                return ("load", number, self.formulas.shape(value.tensor), tuple(map(self.index, value.index)))
+            case Call():
+                return (value.op, value.dtype, *map(self.value, value.args))
+        return ("result",)
+
+
+def _structure(stage: Stage, formulas: Formulas) -> tuple[tuple, tuple[str, ...]]:
+    numbering = _Numbering(formulas)
+    rows = []
+    for part in stage.parts:
+        axes = tuple((numbering.vars.setdefault(var, len(numbering.vars)), var.extent) for var in (*part.axes, *part.inner))
+        body = None if part.body is None else numbering.value(part.body)
+        rows.append((axes, len(part.axes), tuple(map(numbering.index, part.store)), part.combine, body, numbering.value(part.finish)))
+    return (stage.shape, stage.dtype, tuple(rows)), tuple(numbering.tensors)
+
+

@@ -1,0 +1,216 @@
+"""Which stages to write to memory, and which to compute inside the loops of others.
+
+Stages are decided in their order: to memory, inside ``once`` (in one nest, without extra work), or inside ``again``
+(as small as possible, for each reader anew). A state is what is in memory and what waits to be computed inside; of
+states that look alike only those survive that no other one beats in memory and work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lrcompile.dataflow.blocking import work
+from lrcompile.dataflow.nest import Mode
+from lrcompile.dataflow.options import Option, Options
+from lrcompile.dataflow.planner import ALIGN
+from lrcompile.dataflow.schedule import Schedule, Step
+from lrcompile.dataflow.stage import Formulas, Stage
+
+BEAM = 6
+MOST = 18  # stages that one nest computes
+ALIKE = 3  # states with the same future that are kept
+REFINED = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+"""Sizes of pieces that the chosen nests are tried with."""
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """A decision for each stage so far.
+
+    Args:
+        live: stages in memory that are still needed.
+        waiting: stages to be computed inside → (mode, whether a nest has done so).
+        peak: most bytes so far.
+        work: instructions so far, what waits counted once.
+    """
+
+    live: frozenset[str]
+    waiting: tuple[tuple[str, Mode, bool], ...]
+    peak: int
+    work: float
+    before: _State | None = None
+    step: tuple[str, Option, str | None, dict[str, Mode]] | None = None
+
+
+class Search:
+    """Schedules formulas under a limit of memory.
+
+    Args:
+        limit: bytes of arena and pieces together; None asks for the least work.
+    """
+
+    def __init__(self, formulas: Formulas, limit: int | None = None, options: Options | None = None) -> None:
+        self.formulas, self.limit = formulas, limit
+        self.options = options or Options(formulas)
+        self.order = list(formulas.stages)
+        self.place = {name: at for at, name in enumerate(self.order)}
+        self.readers = formulas.readers()
+        self.base = {name: sum(work(part) for part in stage.parts) for name, stage in formulas.stages.items()}
+
+    def run(self) -> Schedule:
+        """The schedule of least work under the limit; without one that fits, the smallest found."""
+        states = [_State(frozenset(), (), 0, 0.0)]
+        for at, name in enumerate(self.order):
+            states = self._kept([new for state in states for new in self._next(state, name, at)])
+        best = min(states, key=self._rank)
+        return self._schedule(best)
+
+    def _rank(self, state: _State) -> tuple[float, float, float]:
+        over = 0 if self.limit is None else max(state.peak - self.limit, 0)
+        return over, state.work, state.peak
+
+    # -- one stage ------------------------------------------------------------------------------
+
+    def _next(self, state: _State, name: str, at: int) -> Iterable[_State]:
+        stage = self.formulas.stages[name]
+        for mode in self._modes(stage) if len(state.waiting) < MOST else ():
+            waiting = (*state.waiting, (name, mode, False))
+            yield _State(state.live, waiting, state.peak, state.work + self.base[name], state)
+        inside = self._inside(state, name)
+        if inside is None:
+            return
+        after = self._after(state, inside, at)
+        if after is None:
+            return
+        live = frozenset(each for each in (*state.live, name) if self._needed(each, at, after))
+        dying = [each for each in state.live if each not in live]
+        spent = sum(self.base[each] for each, _, used in state.waiting if each in inside and not used)
+        for option in self.options.of(name, inside):
+            for over in self._overwritten(option, name, dying):
+                held = sum(_size(self.formulas.stages[each]) for each in state.live - set(self.formulas.outputs))
+                own = 0 if over is not None or name in self.formulas.outputs else _size(stage)
+                peak = max(state.peak, held + own + -(-option.scratch // ALIGN) * ALIGN)
+                total = state.work + option.work - spent
+                yield _State(live, after, peak, total, state, (name, option, over, inside))
+
+    def _modes(self, stage: Stage) -> tuple[Mode, ...]:
+        if len(stage.parts) > 1 or stage.name in self.formulas.outputs:
+            return ()
+        if len(self.readers[stage.name]) > 1 or self._windowed(stage.name):
+            return ("once", "again")
+        return ("once",)
+
+    def _windowed(self, name: str) -> bool:
+        """Whether a reader's neighbouring results share elements of the stage, as in a convolution."""
+        for reader in self.readers[name]:
+            for part in self.formulas.stages[reader].parts:
+                for load in part.loads():
+                    if load.tensor == name and any(len(index.terms) > 1 for index in load.index):
+                        return True
+        return False
+
+    def _inside(self, state: _State, name: str) -> dict[str, Mode] | None:
+        """Waiting stages that the nest of a stage computes; None where one of them was to be computed only once."""
+        waiting = {each: (mode, used) for each, mode, used in state.waiting}
+        found: dict[str, Mode] = {}
+        stack = [name]
+        while stack:
+            for source in self.formulas.stages[stack.pop()].reads():
+                if source in waiting and source not in found:
+                    mode, used = waiting[source]
+                    if used and mode == "once":
+                        return None
+                    if len(found) == MOST:
+                        return None
+                    found[source] = mode
+                    stack.append(source)
+        return found
+
+    def _after(self, state: _State, inside: dict[str, Mode], at: int) -> tuple[tuple[str, Mode, bool], ...] | None:
+        """What still waits; None where something that was to be computed once has other readers left."""
+        marked = [(each, mode, used or each in inside) for each, mode, used in state.waiting]
+        kept: list[tuple[str, Mode, bool]] = []
+        alive: set[str] = set()
+        for each, mode, used in reversed(marked):
+            if any(self.place[reader] > at or reader in alive for reader in self.readers[each]):
+                if used and mode == "once":
+                    return None
+                alive.add(each)
+                kept.append((each, mode, used))
+        return tuple(reversed(kept))
+
+    def _needed(self, name: str, at: int, waiting: tuple[tuple[str, Mode, bool], ...]) -> bool:
+        names = {each for each, _, _ in waiting}
+        return any(self.place[reader] > at or reader in names for reader in self.readers[name])
+
+    def _overwritten(self, option: Option, name: str, dying: list[str]) -> list[str | None]:
+        outputs = self.formulas.outputs
+        if name in outputs:
+            return [None]
+        fits = [each for each in dying if each not in outputs and option.overwrites(each)]
+        return list(fits[:1]) or [None]
+
+    # -- the beam -------------------------------------------------------------------------------
+
+    def _kept(self, states: list[_State]) -> list[_State]:
+        groups: dict[tuple, list[_State]] = {}
+        for state in states:
+            groups.setdefault((state.live, state.waiting), []).append(state)
+        buckets: dict[int, list[_State]] = {}
+        for group in groups.values():
+            for state in self._undominated(group):
+                buckets.setdefault(len(state.waiting), []).append(state)
+        return [state for bucket in buckets.values() for state in self._best(bucket)]
+
+    def _best(self, states: list[_State]) -> list[_State]:
+        """Half of them by rank, half by memory."""
+        if len(states) <= BEAM:
+            return states
+        ranked = sorted(states, key=self._rank)[: BEAM // 2]
+        chosen = {id(state) for state in ranked}
+        small = sorted(states, key=lambda state: (state.peak, state.work))
+        return ranked + [state for state in small if id(state) not in chosen][: BEAM - len(ranked)]
+
+    def _undominated(self, states: list[_State]) -> list[_State]:
+        kept: list[_State] = []
+        for state in sorted(states, key=self._rank):
+            if all(state.peak < other.peak for other in kept):
+                kept.append(state)
+        return [*kept[: ALIKE - 1], *kept[-1:]] if len(kept) > ALIKE else kept
+
+    # -- result ---------------------------------------------------------------------------------
+
+    def _schedule(self, state: _State) -> Schedule:
+        chosen: list[tuple[str, Option, str | None, dict[str, Mode]]] = []
+        at: _State | None = state
+        while at is not None:
+            if at.step is not None:
+                chosen.append(at.step)
+            at = at.before
+        room = max(state.peak, self.limit or 0)
+        steps = [self._refined(step, room, state.peak) for step in reversed(chosen)]
+        return Schedule(self.formulas, steps)
+
+    def _refined(self, step: tuple[str, Option, str | None, dict[str, Mode]], room: int, peak: int) -> Step:
+        name, option, over, inside = step
+        best = option
+        if inside:
+            spare = room - peak
+            for other in self.options.refined(name, option, inside, REFINED):
+                if other.scratch > option.scratch + spare or (over is not None and not other.overwrites(over)):
+                    continue
+                if (other.work, other.scratch) < (best.work, best.scratch):
+                    best = other
+        return Step(name, best.nests, over)
+
+
+def _size(stage: Stage) -> int:
+    return -(-stage.nbytes // ALIGN) * ALIGN
+
+
+def schedule(formulas: Formulas, limit: int | None = None) -> Schedule:
+    """The best schedule under a limit of bytes of RAM for arena and pieces."""
+    return Search(formulas, limit).run()
+
+
