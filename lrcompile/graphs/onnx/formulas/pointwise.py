@@ -8,6 +8,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from lrcompile.dataflow.expr import Call, Const, Expr, call, cast
+from lrcompile.dataflow.program import ITEMSIZE
 from lrcompile.graphs.onnx.formulas.builder import Builder, broadcast, integer, number, op, text
 
 Unary = Callable[[Expr], Expr]
@@ -255,7 +256,20 @@ def _shift(b: Builder, node: ir.Node) -> None:
     x, y = b.need(node, 0), b.need(node, 1)
     name = "shl" if text(node, "direction") == "LEFT" else "shr"
     shape = broadcast(b.shape(x), b.shape(y))
-    b.define(b.output(node), shape, lambda i: Call(name, (b.spread(x, i), b.spread(y, i)), b.dtype(x)))
+    b.define(b.output(node), shape, lambda i: _shifted(name, b.spread(x, i), b.spread(y, i)))
+
+
+def _shifted(name: str, x: Expr, count: Expr) -> Expr:
+    """C leaves a shift by a negative number, or by all bits of the type, undefined; here all bits go."""
+    width = 8 * ITEMSIZE[x.dtype]
+    if isinstance(count, Const) and 0 <= count.value < width:
+        return call(name, x, count, dtype=x.dtype)
+    out = compare("ge", count, const(width, count))
+    if not count.dtype.startswith("uint"):
+        out = Call("or", (out, compare("lt", count, const(0, count))), "bool")
+    sign = name == "shr" and not x.dtype.startswith("uint")
+    gone = select(compare("lt", x, const(0, x)), const(-1, x), const(0, x)) if sign else const(0, x)
+    return Call("guard", (out, gone, call(name, x, count, dtype=x.dtype)), x.dtype)
 
 
 @op("Where")
