@@ -14,9 +14,9 @@ from benchmarks.mcu_cases import Verdict, cases, verdicts
 PROCESSES = 2
 NOTE = (
     "Each case is compiled with the C compiler of this machine (`-std=c99 -Wall -Wextra -Werror -O2`) and compared "
-    "under the tolerance that the case states. *as it stands*: everything that the case gives as an input is an input of the "
-    "C function. *parameters constant*: integer inputs of rank 0 or 1 behind the first one (axes, shapes, pads, …) were "
-    "made constants, as exporters write them, because the operator is refused where they are known only at run time."
+    "under the tolerance that the case states. *as it stands*: every input of the case is an input of the C function. "
+    "*parameters constant*: integer inputs of rank 0 or 1 behind the first one (axes, shapes, pads, …) were made "
+    "constants, as exporters write them, because the operator is refused where they are known only at run time."
 )
 
 

@@ -235,11 +235,9 @@ def _mod(b: Builder, node: ir.Node) -> None:
 
     def formula(i: tuple) -> Expr:
         left, right = b.spread(x, i), b.spread(y, i)
-        if left.dtype.startswith("float"):
-            return call("fmod", left, right)
+        rest = call("fmod" if left.dtype.startswith("float") else "rem", left, right)
         if integer(node, "fmod") or left.dtype.startswith("uint"):
-            return call("rem", left, right)
-        rest = call("rem", left, right)
+            return rest
         wrong = Call("and", (compare("ne", rest, const(0, rest)), _differ(rest, right)), "bool")
         return select(wrong, call("add", rest, right), rest)
 
@@ -249,6 +247,17 @@ def _mod(b: Builder, node: ir.Node) -> None:
 def _differ(a: Expr, b: Expr) -> Expr:
     """Whether two numbers have different signs."""
     return Call("xor", (compare("lt", a, const(0, a)), compare("lt", b, const(0, b))), "bool")
+
+
+@op("Dropout")
+def _dropout(b: Builder, node: ir.Node) -> None:
+    """Nothing at inference; the mask says that everything is kept."""
+    x, training = b.need(node, 0), b.known(node, 2, "the training mode")
+    if training is not None and training.any():
+        raise b.refuse(node, "only inference is supported")
+    b.define(b.output(node), b.shape(x), lambda i: b.at(x, i))
+    if b.output(node, 1) is not None:
+        b.define(b.output(node, 1), b.shape(x), lambda i: Const(True, "bool"))
 
 
 @op("BitShift")
