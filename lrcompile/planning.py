@@ -28,6 +28,7 @@ from lrcompile.progress import Progress, Watched
 from lrcompile.rewrite import Context, LinearPass, Proposal
 from lrcompile.samples import Thinned, unmasked
 from lrcompile.sites import LinearSite
+from lrcompile.windows import site_cost
 
 PROBE_KEEP = 0.6
 """Share of a site's values that a probe keeps."""

@@ -79,7 +79,8 @@ def _batch_norm(raiser: Raiser, node: ir.Node) -> Match | None:
     match = raiser.affine(node.inputs[0]) if len(node.outputs) == 1 else None
     if match is None or node.attributes.get_int("training_mode", 0) or not node.attributes.get_int("spatial", 1):
         return None
-    if match.axis != 1 and (match.root.shape is None or len(match.root.shape) != 2):
+    shape = match.root.shape or node.outputs[0].shape  # of equal rank
+    if match.axis != 1 and (shape is None or len(shape) != 2):
         return None
     constants = [constant(value) for value in node.inputs[1:5]]
     vectors = [to_torch(tensor).double() for tensor in constants if tensor is not None and tensor.dtype in FLOATS]

@@ -34,6 +34,7 @@ from lrcompile.graphs.onnx.tensors import to_torch
 from lrcompile.linop import Dense, LinearOperator
 from lrcompile.memory import release
 from lrcompile.sites import LinearSite
+from lrcompile.windows import unfit
 
 if TYPE_CHECKING:
     import onnx
@@ -136,6 +137,9 @@ class OnnxGraph:
             raise UsageError(f"cannot be replaced: {original.frozen}", where=site.name)
         if by.shape != original.shape:
             raise UsageError(f"shape {by.shape} cannot replace {original.shape}", where=site.name)
+        reason = unfit(by, original.window)
+        if reason:
+            raise UsageError(f"cannot be written: {reason}", where=site.name)
         if shift is not None and tuple(shift.shape) != by.shape[:1]:
             raise UsageError(f"a shift of {tuple(shift.shape)} does not fit {by.shape[0]} outputs", where=site.name)
         self.journal.entries.append((site.name, self.replacements.get(site.name)))

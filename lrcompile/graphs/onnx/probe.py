@@ -17,8 +17,8 @@ from torch import Tensor
 from lrcompile.calibrate import token_mask
 from lrcompile.graphs.base import Inputs, Outputs, Replacement
 from lrcompile.graphs.onnx.constants import constant
-from lrcompile.graphs.onnx.observe import Cutter, session_with, tensor_of, tensors_of
 from lrcompile.graphs.onnx.match import Match
+from lrcompile.graphs.onnx.observe import Cutter, session_with, tensor_of, tensors_of
 from lrcompile.graphs.onnx.session import Session, ahead, workers
 from lrcompile.graphs.onnx.splice import Splicer, Tape, add_bias
 from lrcompile.graphs.onnx.tensors import from_torch

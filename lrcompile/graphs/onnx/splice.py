@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lrcompile.graphs.onnx.constants import constant
-from lrcompile.graphs.onnx.naming import unique
 from lrcompile.graphs.onnx.match import Match, path_dtype, private, together
+from lrcompile.graphs.onnx.naming import unique
 from lrcompile.graphs.onnx.tensors import from_torch, to_torch
 
 Emit = Callable[["Tape", Match, ir.Value], ir.Value]
