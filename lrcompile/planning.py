@@ -17,7 +17,7 @@ import numpy as np
 from lrcompile import cache
 from lrcompile.budget import Budget, quantity
 from lrcompile.calibrate import Moments
-from lrcompile.choices import Allocation, Choice, Offer, Planned, left_out, site_cost
+from lrcompile.choices import Allocation, Choice, Offer, Planned, left_out
 from lrcompile.curves import Curve, measured, probe_batches
 from lrcompile.data import Batches
 from lrcompile.errors import UnsupportedError, UsageError
@@ -29,6 +29,7 @@ from lrcompile.rewrite import Context, LinearPass, Proposal
 from lrcompile.samples import Thinned, unmasked
 from lrcompile.sites import LinearSite
 from lrcompile.sketch import Importance
+from lrcompile.windows import site_cost
 
 PROBE_KEEP = 0.6
 """Share of a site's values that a probe keeps."""
@@ -99,7 +100,7 @@ def statistics(
     if data is None or not sites:
         return {}
     inputs = ",".join(sorted({site.input for site in sites}))
-    name = cache.key("moments/2", graph.fingerprint(), data.sha256, inputs, str(settings.max_tokens))
+    name = cache.key("moments/3", graph.fingerprint(), data.sha256, inputs, str(settings.max_tokens))
     stored = cache.load(name, settings.cache)
     if stored is not None:
         return cache.unpack(*stored)
@@ -278,7 +279,7 @@ def positions(graph: Graph, sites: Sequence[LinearSite], sample: Inputs | None) 
     if sample is None or not sites:
         return {site.name: 1.0 for site in sites}
     found = graph.observe([unmasked(sample)], sites, memory=2**40)
-    return {site.name: found[site.input].tokens / len(site.uses) if site.input in found else 1.0 for site in sites}
+    return {site.name: found[site.input].multiplied / len(site.uses) if site.input in found else 1.0 for site in sites}
 
 
 def _notes(sites: Sequence[LinearSite], context: Context) -> list[str]:

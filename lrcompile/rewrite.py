@@ -20,9 +20,10 @@ from torch import Tensor
 from lrcompile.calibrate import Moments
 from lrcompile.errors import UsageError, nearest
 from lrcompile.graphs.base import Graph, Replacement
-from lrcompile.linop import Cost, LinearOperator, cost, densify
+from lrcompile.linop import Cost, LinearOperator, densify
 from lrcompile.sites import LinearSite
 from lrcompile.spectrum import importance_matrix
+from lrcompile.windows import site_cost
 
 
 @dataclass(eq=False)
@@ -141,7 +142,7 @@ class Context:
 
     def price(self, site: LinearSite, operator: LinearOperator) -> Cost:
         """Stored values and bytes once, multiply–accumulates per token for each use."""
-        return cost([(index, operator) for index in range(len(site.uses))])
+        return site_cost(site, operator)
 
 
 class Pass(ABC):

@@ -27,8 +27,9 @@ from lrcompile.graphs.module_sites import Found, check_finite, find, share
 from lrcompile.graphs.module_trace import Trace, trace
 from lrcompile.graphs.structured import Change, Pool, install, shifted
 from lrcompile.linop import LinearOperator, tensors
-from lrcompile.sites import LinearSite, Use
+from lrcompile.sites import LinearSite, Use, Window
 from lrcompile.sketch import Importance
+from lrcompile.windows import unfit
 
 
 class ModuleGraph:
@@ -111,15 +112,16 @@ class ModuleGraph:
         self.sample = few(batch)
         keys: dict[tuple, str] = {}
         for name, found in self._found.items():
-            uses = tuple(self._shared(use, self._trace, keys) for use in found.site.uses)
+            uses = tuple(self._shared(use, found.site.window, self._trace, keys) for use in found.site.uses)
             frozen = found.site.frozen or self._trace.reason(found)
             self._found[name] = Found(changed(found.site, uses=uses, frozen=frozen), found.readers)
 
     @staticmethod
-    def _shared(use: Use, trace: Trace, keys: dict[tuple, str]) -> Use:
-        """The use with the name of the first module that reads the very same tensors."""
+    def _shared(use: Use, window: Window | None, trace: Trace, keys: dict[tuple, str]) -> Use:
+        """The use with the name of the first module that reads the very same tensors through an equal window."""
         reads = tuple(trace.reads.get(use.node, ()))
-        return changed(use, input=keys.setdefault(reads, use.node)) if reads and use.role == "apply" else use
+        shared = reads and use.role == "apply"
+        return changed(use, input=keys.setdefault((reads, window), use.node)) if shared else use
 
     def _ensure_checked(self, batches: Iterable[Inputs]) -> None:
         if self._trace is None:
@@ -140,6 +142,9 @@ class ModuleGraph:
             raise UsageError(f"cannot be replaced: {original.frozen}", where=site.name)
         if by.shape != original.shape:
             raise UsageError(f"shape {by.shape} cannot replace {original.shape}", where=site.name)
+        reason = unfit(by, original.window)
+        if reason:
+            raise UsageError(f"cannot be written: {reason}", where=site.name)
         self.journal.entries.append((site.name, self.replacements.get(site.name)))
         self._set(site.name, Replacement(by, shift))
 
