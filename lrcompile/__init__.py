@@ -22,6 +22,7 @@ _FACE = {
     "Budget": "lrcompile.budget",
     "Batches": "lrcompile.data",
     "GraphPass": "lrcompile.rewrite",
+    "NodeRewrite": "lrcompile.node_rewrite",
     "LinearPass": "lrcompile.rewrite",
     "Proposal": "lrcompile.rewrite",
     "Context": "lrcompile.rewrite",
@@ -48,6 +49,7 @@ __all__ = [
     "LinearSite",
     "LowRank",
     "LrcompileError",
+    "NodeRewrite",
     "Options",
     "Pipeline",
     "Product",
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
     from lrcompile.data import Batches
     from lrcompile.errors import LrcompileError
     from lrcompile.linop import Dense, LinearOperator, Product, Sum, apply, densify, low_rank
+    from lrcompile.node_rewrite import NodeRewrite
     from lrcompile.options import Options
     from lrcompile.passes.low_rank import LowRank
     from lrcompile.pipeline import Pipeline, Result
