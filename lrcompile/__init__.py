@@ -15,8 +15,8 @@ _FACE = {
     "plan": "lrcompile.api",
     "save": "lrcompile.artifact",
     "load": "lrcompile.artifact",
-    "refresh": "lrcompile.plan_state",
-    "Plan": "lrcompile.plan",
+    "refresh": "lrcompile.plans_state",
+    "Plan": "lrcompile.plans",
     "Pipeline": "lrcompile.pipeline",
     "Result": "lrcompile.pipeline",
     "Options": "lrcompile.options",
@@ -82,9 +82,9 @@ if TYPE_CHECKING:
     from lrcompile.options import Options
     from lrcompile.passes.low_rank import LowRank
     from lrcompile.pipeline import Pipeline, Result
-    from lrcompile.plan import Plan
-    from lrcompile.plan_state import refresh
     from lrcompile.planning import Settings
+    from lrcompile.plans import Plan
+    from lrcompile.plans_state import refresh
     from lrcompile.rewrite import Context, GraphPass, LinearPass, Proposal
     from lrcompile.sites import LinearSite
 

@@ -9,8 +9,8 @@ from typing import Any
 from lrcompile.budget import Budget
 from lrcompile.options import Options
 from lrcompile.pipeline import Pipeline, Result
-from lrcompile.plan import Plan
-from lrcompile.plan_make import make
+from lrcompile.plans import Plan
+from lrcompile.plans_make import make
 from lrcompile.progress import Progress
 from lrcompile.registry import load
 from lrcompile.rewrite import Pass

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import tracing
 
@@ -20,9 +22,9 @@ from lrcompile.backends.dynamo.options import Chosen, Held, read
 from lrcompile.backends.dynamo.release import Releaser, is_released
 from lrcompile.errors import LrcompileError, LrcompileWarning, PlanRequired, ReleasedError, UsageError, warn_once
 from lrcompile.options import Options
-from lrcompile.plan import Plan
-from lrcompile.plan_make import make
-from lrcompile.plan_state import Table
+from lrcompile.plans import Plan
+from lrcompile.plans_make import make
+from lrcompile.plans_state import Table
 from lrcompile.registry import load
 
 _exact = ExactTable()
@@ -104,17 +106,14 @@ def _tie(plan: Plan, marked: Sequence[Marked], weights: Sequence[Any]) -> None:
         raise UsageError(f"the plan was made from an {plan.graph} model", hint="make it from the nn.Module")
     if _knows(plan, weights):
         return
-    reason: LrcompileError | None = None
     for module in roots():
-        try:
+        if plan.names(module):
             plan.bind(module)
             return
-        except UsageError as error:
-            reason = error
     with plan.table.lock:
         if any(plan.table.entry_of(weight, each.kind) for each, weight in zip(marked, weights, strict=True)):
             return
-    raise reason or UsageError(
+    raise UsageError(
         "the plan is for another model: it knows none of the weights that are compiled here",
         where=marked[0].source,
         hint="plan.bind(model) ties it to the whole model before parts of it are compiled",
@@ -157,14 +156,24 @@ def _made(chosen: Chosen, samples: Held, weights: Sequence[Any]) -> Plan:
 
 
 def roots() -> list[nn.Module]:
-    """The modules that the function which torch captures right now has at hand, ``self`` first."""
-    translator = getattr(InstructionTranslator, "current_tx", None)
+    """The module that was given to ``torch.compile``, then those at hand in the function that torch captures."""
     try:
-        scope = translator().output.local_scope if translator is not None else {}
+        scope = InstructionTranslator.current_tx().output.local_scope
     except AttributeError:
-        return []
-    found = [value for value in scope.values() if isinstance(value, nn.Module)]
-    return [getattr(module, "_orig_mod", module) for module in found]
+        scope = {}
+    given = [*_called(), *(value for value in scope.values() if isinstance(value, nn.Module))]
+    return list(dict.fromkeys(getattr(module, "_orig_mod", module) for module in given))
+
+
+def _called() -> Iterator[nn.Module]:
+    """The innermost call of a compiled module: after a graph break torch captures only a part of it."""
+    frame = sys._getframe()
+    while frame is not None:
+        module = frame.f_locals.get("self") if frame.f_code.co_name in ("__call__", "_wrapped_call_impl") else None
+        if isinstance(module, OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None:
+            yield module
+            return
+        frame = frame.f_back
 
 
 # -- recompilation limits ----------------------------------------------------------------------

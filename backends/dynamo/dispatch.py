@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from lrcompile.backends.dynamo.graph import Form, Leaves, Marked, copied, rewrite
 from lrcompile.backends.dynamo.inner import Compiled, Compiler, compile_later, compile_now
 from lrcompile.errors import ReleasedError, warn_once
-from lrcompile.plan_state import State, Table
+from lrcompile.plans_state import State, Table
 
 _REFERENCES = ("get_attr", "call_module")
 _versions = attrgetter("_version")
@@ -100,6 +100,7 @@ class Dispatcher:
         self._fakes: list[Any] = [node.meta.get("example_value") for node in module.graph.find_nodes(op="placeholder")]
         with table.lock:
             self._bind(inputs, self._weights(inputs), first=True)
+        self._bindings.clear()  # the first call binds again, to be told when it has run
 
     @property
     def variants(self) -> int:
@@ -173,7 +174,7 @@ class Dispatcher:
                     key="unplanned",
                 )
             elif state.replacement is not None and state.entry.kind == each.kind:
-                running[_name(state, each)] = "compressed"
+                running[_name(state, each)] = "compressed, dense values released" if state.released else "compressed"
             else:
                 running[_name(state, each)] = f"dense: {state.reason or 'stays as it is'}"
 

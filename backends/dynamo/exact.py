@@ -6,8 +6,8 @@ from torch import Tensor
 
 from lrcompile.graphs.base import Replacement
 from lrcompile.linop import Dense
-from lrcompile.plan import Entry, apply_exact, matrix
-from lrcompile.plan_state import State, Table, on_device, version
+from lrcompile.plans import Entry, apply_exact, matrix
+from lrcompile.plans_state import State, Table, on_device, version
 from lrcompile.registry import EXACT, load
 from lrcompile.rewrite import Context, GraphPass
 from lrcompile.sites import LinearSite, Use

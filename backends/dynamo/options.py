@@ -11,7 +11,7 @@ from torch import nn
 
 from lrcompile.budget import Budget
 from lrcompile.errors import UsageError, nearest
-from lrcompile.plan import Plan
+from lrcompile.plans import Plan
 
 KNOWN: dict[str, tuple[type, ...]] = {
     "plan": (Plan,),

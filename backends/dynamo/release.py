@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lrcompile.errors import ReleasedError
-from lrcompile.plan import Plan
-from lrcompile.plan_state import State
+from lrcompile.plans import Plan
+from lrcompile.plans_state import State
 
 if TYPE_CHECKING:
     from lrcompile.backends.dynamo.dispatch import Dispatcher
@@ -94,12 +94,16 @@ class Releaser:
         others = _other_holders([weight for weight, _ in wanted], self.plan)
         for weight, state in wanted:
             if id(weight) in others:
-                name = state.entry.name if state.entry is not None else ""
-                self.plan.table.running[name] = f"compressed; dense values kept: {others[id(weight)]}"
+                self._say(state, f"compressed, dense values kept: {others[id(weight)]}")
             else:
                 _drop(weight)
                 state.released = True
+                self._say(state, "compressed, dense values released")
         self.plan.table.generation += 1
+
+    def _say(self, state: State, text: str) -> None:
+        if state.entry is not None:
+            self.plan.table.running[state.entry.name] = text
 
 
 def _drop(weight: Tensor) -> None:

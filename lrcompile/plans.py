@@ -21,7 +21,7 @@ from lrcompile.errors import UsageError
 from lrcompile.graphs.base import Graph, Replacement
 from lrcompile.graphs.module_store import raw
 from lrcompile.linop import Dense, LinearOperator
-from lrcompile.plan_state import Table
+from lrcompile.plans_state import Table
 from lrcompile.registry import passes
 from lrcompile.report import record
 from lrcompile.rewrite import Context, GraphPass, LinearPass, Pass, Rewritten, parse, storage_dtype
@@ -132,6 +132,11 @@ class Plan:
         """By site: ``compressed``, or ``dense`` with the reason, as the compiled code that ran last has it."""
         return {name: self.table.running.get(name, "has not run") for name in self.entries}
 
+    def names(self, model: nn.Module) -> list[str]:
+        """The planned parameters that a module has."""
+        found = dict(model.named_parameters(remove_duplicate=False))
+        return [name for entry in self.entries.values() for name in entry.parameters if name in found]
+
     def bind(self, model: nn.Module) -> Plan:
         """Ties the plan to a module, for one that was loaded, or for a second module of the same architecture.
 
@@ -157,7 +162,7 @@ class Plan:
         Raises:
             UsageError: there is a plan already and ``force`` is not set, or the folder cannot be written.
         """
-        from lrcompile.plan_file import save
+        from lrcompile.plans_file import save
 
         save(self, Path(folder), statistics=statistics, force=force)
 
@@ -171,7 +176,7 @@ class Plan:
         Raises:
             InvalidInputError: unreadable, malformed or incomplete files.
         """
-        from lrcompile.plan_file import load
+        from lrcompile.plans_file import load
 
         return load(Path(folder))
 

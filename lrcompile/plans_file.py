@@ -17,7 +17,7 @@ from lrcompile.errors import InvalidInputError, LrcompileError, UnsupportedError
 from lrcompile.files import AtomicSet, made_folder, system_error
 from lrcompile.graphs.base import Replacement
 from lrcompile.linop import rebuild, structure, tensors
-from lrcompile.plan import Entry, Plan, Recipe
+from lrcompile.plans import Entry, Plan, Recipe
 
 SCHEMA = "lrcompile.compile-plan/1"
 TARGET, WEIGHTS = "plan.json", "plan.safetensors"

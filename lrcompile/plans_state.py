@@ -18,7 +18,7 @@ from lrcompile.linop import LinearOperator, map_leaves, tensors
 from lrcompile.linop.tree import own_tensors
 
 if TYPE_CHECKING:
-    from lrcompile.plan import Entry, Plan
+    from lrcompile.plans import Entry, Plan
 
 log = logging.getLogger("lrcompile")
 _tables: weakref.WeakSet[Table] = weakref.WeakSet()
@@ -148,7 +148,7 @@ class Table:
         return None if self.plan.modules else self._by_content(weight, kind)
 
     def _by_content(self, weight: Tensor, kind: str) -> Entry | None:
-        from lrcompile.plan import content
+        from lrcompile.plans import content
 
         dtype = str(weight.dtype).removeprefix("torch.")
         alike = [e for e in self.plan.entries.values() if (e.shape, e.dtype, e.kind) == (weight.shape, dtype, kind)]
@@ -159,7 +159,7 @@ class Table:
 
     def _adopt(self, weight: Tensor, entry: Entry) -> State:
         """A weight under a planned name that may hold other values than the planned one did."""
-        from lrcompile.plan import check_fits, content
+        from lrcompile.plans import check_fits, content
 
         check_fits(entry, weight, entry.name)
         if entry.replacement is None or content(weight) == entry.sha256:
@@ -184,7 +184,7 @@ class Table:
 
     def _update(self, state: State, weight: Tensor) -> None:
         """The weight was written to, moved, or said to be changed."""
-        from lrcompile.plan import check_fits
+        from lrcompile.plans import check_fits
 
         entry = state.entry
         state.version, state.pointer = version(weight), weight.data_ptr()

@@ -16,7 +16,7 @@ from lrcompile.frontend import open_graph
 from lrcompile.graphs.base import Graph, Replacement
 from lrcompile.options import Options
 from lrcompile.pipeline import Pipeline
-from lrcompile.plan import Entry, Plan, Recipe, content
+from lrcompile.plans import Entry, Plan, Recipe, content
 from lrcompile.progress import Progress
 from lrcompile.report import record
 from lrcompile.rewrite import Pass
