@@ -12,7 +12,8 @@ import numpy as np
 from lrcompile.backends.c.emit import emit
 from lrcompile.backends.c.target import LEAST_STACK, Memory, Target
 from lrcompile.backends.c.toolchain import Firmware, build, compiler_version
-from lrcompile.dataflow.fuse import fuse, refine
+from lrcompile.dataflow.fuse import fuse
+from lrcompile.dataflow.refine import refine
 from lrcompile.dataflow.schedule import Schedule
 from lrcompile.dataflow.search import schedule
 from lrcompile.dataflow.stage import Formulas

@@ -239,7 +239,8 @@ def _best(options: list[Option]) -> list[Option]:
     kept: list[Option] = []
     for each in sorted(options, key=lambda option: (option.work, option.scratch)):
         if not any(
-            other.scratch <= each.scratch and other.work <= each.work and (other.exact or not each.exact) for other in kept
+            other.scratch <= each.scratch and other.work <= each.work and (other.exact or not each.exact)
+            for other in kept
         ):
             kept.append(each)
     return kept
@@ -283,9 +284,18 @@ def _structure(stage: Stage, formulas: Formulas) -> tuple[tuple, tuple[str, ...]
     numbering = _Numbering(formulas)
     rows = []
     for part in stage.parts:
-        axes = tuple((numbering.vars.setdefault(var, len(numbering.vars)), var.extent) for var in (*part.axes, *part.inner))
+        axes = tuple(
+            (numbering.vars.setdefault(var, len(numbering.vars)), var.extent) for var in (*part.axes, *part.inner)
+        )
         body = None if part.body is None else numbering.value(part.body)
-        rows.append((axes, len(part.axes), tuple(map(numbering.index, part.store)), part.combine, body, numbering.value(part.finish)))
+        rows.append(
+            (
+                axes,
+                len(part.axes),
+                tuple(map(numbering.index, part.store)),
+                part.combine,
+                body,
+                numbering.value(part.finish),
+            )
+        )
     return (stage.shape, stage.dtype, tuple(rows)), tuple(numbering.tensors)
-
-
