@@ -87,9 +87,14 @@ def _clean(body: str) -> str:
     """Four spaces; ``acc_ptr`` is ``acc``; no variable that nothing reads."""
     body = re.sub(r"^( +)", lambda match: match.group(1) * 2, body, flags=re.M)
     body = re.sub(r"\b(\w+)_ptr\b", r"\1", body)
-    while True:
-        counts = Counter(re.findall(r"\b[a-z]\w*", body))
-        shorter = UNUSED.sub(lambda match: "" if counts[match.group(1)] == 1 else match.group(0), body)
-        if shorter == body:
-            return body
-        body = shorter
+    before = ""
+    while before != body:
+        before, counts = body, Counter(re.findall(r"\b[a-z]\w*", body))
+        single = {name for name, count in counts.items() if count == 1}
+        body = "".join(line for line in body.splitlines(keepends=True) if not _unused(line, single))
+    return body
+
+
+def _unused(line: str, single: set[str]) -> bool:
+    match = UNUSED.match(line)
+    return match is not None and match.group(1) in single

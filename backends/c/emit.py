@@ -42,10 +42,12 @@ def identifier(name: str, taken: set[str]) -> str:
     return symbol
 
 
-_RESERVED = set(
-    "auto break case char const continue default do double else enum extern float for goto if inline int long "
-    "register restrict return short signed sizeof static struct switch typedef union unsigned void volatile while "
-    "main model model_run model_arena model_weights pieces exp log sin cos tan pow y0 y1 yn j0 j1 jn gamma".split()
+_RESERVED = frozenset(
+    """
+    auto break case char const continue default do double else enum extern float for goto if inline int long
+    register restrict return short signed sizeof static struct switch typedef union unsigned void volatile while
+    main model model_run model_arena model_weights pieces exp log sin cos tan pow y0 y1 yn j0 j1 jn gamma
+    """.split()  # noqa: SIM905
 )
 
 

@@ -31,12 +31,14 @@ BITS = {
     **{"bitand": tirx.bitwise_and, "bitor": tirx.bitwise_or, "bitxor": tirx.bitwise_xor},
     **{"shl": tirx.shift_left, "shr": tirx.shift_right},
 }
-LIBM = {name: name for name in "exp log log1p sqrt erf tanh sin cos tan asin acos atan sinh cosh asinh acosh".split()}
-LIBM |= {name: name for name in "atanh floor ceil rint pow fmod".split()} | {
-    "abs": "fabs",
-    "max": "fmax",
-    "min": "fmin",
+LIBM = {
+    name: name
+    for name in (
+        *("exp", "log", "log1p", "sqrt", "erf", "tanh", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh"),
+        *("asinh", "acosh", "atanh", "floor", "ceil", "rint", "pow", "fmod"),
+    )
 }
+LIBM |= {"abs": "fabs", "max": "fmax", "min": "fmin"}
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,9 @@ Exclude = Annotated[list[str] | None, _option("--exclude", help="no site whose n
 Seed = Annotated[int, _option("--seed", help="seed of everything random")]
 DataFree = Annotated[bool, _option("--data-free", help="allow a lossy budget without calibration data")]
 Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="keep statistics on disk, in $LRCOMPILE_CACHE")]
-Probes = Annotated[bool, _option("--probes/--no-probes", help="measure how much each site matters")]
+Probes = Annotated[
+    bool | None, _option("--probes/--no-probes", help="measure how much each site matters (default: where it helps)")
+]
 Metric = Annotated[
     str | None, _option("--metric", help="package.module:function(reference, candidate), larger is worse")
 ]
@@ -95,7 +97,7 @@ def plan(
     preset: Preset = None,
     data_free: DataFree = False,
     cache: Cache = True,
-    probes: Probes = True,
+    probes: Probes = None,
     seed: Seed = 0,
     config: Config = None,
     json: Json = False,
@@ -131,7 +133,7 @@ def optimize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="do everything but write the result")] = False,
     latency_check: Latency = True,
     cache: Cache = True,
-    probes: Probes = True,
+    probes: Probes = None,
     seed: Seed = 0,
     config: Config = None,
     json: Json = False,
@@ -159,6 +161,34 @@ def verify(
     from lrcompile.cli import verbs
 
     shell.verb("verify", lambda _: verbs.verify(a, b, eval, max_drift, metric), json=json, debug=debug)
+
+
+@app.command()
+def deploy(
+    model: Model,
+    to: Annotated[str, typer.Option("--to", help="c: plain C and firmware for a microcontroller")],
+    output: Annotated[str, typer.Option("-o", "--output", help="folder of the files")],
+    target: Annotated[str, typer.Option("--target", help="cortex-m4, cortex-m7 or cortex-m33")] = "cortex-m7",
+    ram: Annotated[str | None, typer.Option("--ram", help="RAM for arena, stack, inputs, outputs: 64KB")] = None,
+    flash: Annotated[str | None, typer.Option("--flash", help="flash for code and weights: 1MB")] = None,
+    external: Annotated[str | None, typer.Option("--external", help="external flash that weights go to: 8MB")] = None,
+    stack: Annotated[str | None, typer.Option("--stack", help="stack to reserve; default: what is needed")] = None,
+    run: Annotated[str | None, typer.Option("--run", help="samples to run in the emulator: .npz")] = None,
+    shape: Annotated[list[str] | None, typer.Option("--shape", help="a static input shape: x=1,3,32,32")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace files in the folder")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Turn a model into firmware that fits a device; --run proves it in an emulator."""
+    given = dict(locals())
+
+    def work(tell: Any) -> shell.Answer:
+        from lrcompile.cli import deploying
+
+        return deploying.deploy(given, tell)
+
+    shell.verb("deploy", work, json=json, debug=debug, quiet=quiet)
 
 
 @app.command("passes")

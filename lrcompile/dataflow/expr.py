@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from lrcompile.dataflow.index import Quotient, Remainder, Sum, Var, substitute
@@ -127,11 +127,11 @@ def rewrite(value: Expr, new: Callable[[Expr], Expr | None], atom: Callable[[Any
         return found
 
     if isinstance(value, Call):
-        value = replace(value, args=tuple(rewrite(arg, new, atom) for arg in value.args))
+        value = Call(value.op, tuple([rewrite(arg, new, atom) for arg in value.args]), value.dtype)
     elif isinstance(value, Load):
-        value = replace(value, index=tuple(index(each) for each in value.index))
+        value = Load(value.tensor, tuple([index(each) for each in value.index]), value.dtype)
     elif isinstance(value, Position):
-        value = replace(value, index=index(value.index))
+        value = Position(index(value.index), value.dtype)
     return new(value) or value
 
 

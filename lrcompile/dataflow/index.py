@@ -57,12 +57,16 @@ class Sum:
     def __add__(self, other: Sum | int) -> Sum:
         if isinstance(other, int):
             return Sum(self.terms, self.constant + other)
+        if not self.terms or not other.terms:
+            return Sum(self.terms or other.terms, self.constant + other.constant)
         merged = dict(self.terms)
         for atom, factor in other.terms:
             merged[atom] = merged.get(atom, 0) + factor
         return Sum(_ordered(merged), self.constant + other.constant)
 
     def __mul__(self, factor: int) -> Sum:
+        if factor == 1:
+            return self
         if factor == 0:
             return Sum()
         return Sum(tuple((atom, each * factor) for atom, each in self.terms), self.constant * factor)
@@ -102,10 +106,14 @@ def _key(atom: Any) -> tuple:
     return (0, atom.number) if isinstance(atom, Var) else (1, repr(atom))
 
 
+def _term_key(term: tuple[Any, int]) -> tuple:
+    return _key(term[0])
+
+
 def _ordered(terms: Mapping[Any, int]) -> tuple[tuple[Any, int], ...]:
     kept = [(atom, factor) for atom, factor in terms.items() if factor]
     if len(kept) > 1:
-        kept.sort(key=lambda term: _key(term[0]))
+        kept.sort(key=_term_key)
     return tuple(kept)
 
 
@@ -186,14 +194,27 @@ def _modulo(index: Sum, divisor: int) -> Sum:
 
 def substitute(index: Sum, value: Callable[[Any], Sum | None]) -> Sum:
     """Replaces atoms for which ``value`` has an answer, and normalises again."""
-    result = Sum((), index.constant)
+    merged: dict[Any, int] = {}
+    total, changed = index.constant, False
     for atom, factor in index.terms:
-        new = value(atom)
-        if new is None and isinstance(atom, (Quotient, Remainder)):
-            inner = substitute(atom.value, value)
-            new = inner // atom.divisor if isinstance(atom, Quotient) else inner % atom.divisor
-        result = result + (of(atom) if new is None else new) * factor
-    return result
+        new = _substituted(atom, value)
+        if new is None:
+            merged[atom] = merged.get(atom, 0) + factor
+            continue
+        changed = True
+        total += new.constant * factor
+        for inner, each in new.terms:
+            merged[inner] = merged.get(inner, 0) + each * factor
+    return Sum(_ordered(merged), total) if changed else index
+
+
+def _substituted(atom: Any, value: Callable[[Any], Sum | None]) -> Sum | None:
+    new = value(atom)
+    if new is None and isinstance(atom, (Quotient, Remainder)):
+        inner = substitute(atom.value, value)
+        if inner is not atom.value:
+            return inner // atom.divisor if isinstance(atom, Quotient) else inner % atom.divisor
+    return new
 
 
 def flatten(index: tuple[Sum, ...], shape: tuple[int, ...]) -> Sum:

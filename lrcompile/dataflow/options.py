@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from lrcompile.dataflow.blocking import work
 from lrcompile.dataflow.expr import Call, Const, Datum, Expr, Load, Position, with_vars
@@ -34,17 +36,35 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Option:
-    """One way to compute a stage: its nests, the memory of their pieces, the work."""
+    """One way to compute a stage: its nests, the memory of their pieces, the work.
+
+    Args:
+        exact: whether its outermost loops compute no element twice.
+        make: builds the nests, which is costly.
+        like: the option of a stage of the same structure, and that stage's name of each tensor.
+    """
 
     shape: Shape
-    nests: tuple[Nest, ...]
     scratch: int
     work: float
+    exact: bool
+    make: Callable[[], tuple[Nest, ...]]
+    like: tuple[Option, Mapping[str, str]] | None = None
+    _answers: dict[str, bool] = field(default_factory=dict)
+
+    @cached_property
+    def nests(self) -> tuple[Nest, ...]:
+        """The loops."""
+        return self.make()
 
     def overwrites(self, tensor: str) -> bool:
         """Whether the stage may take the memory of a tensor that nobody needs later."""
-        alone = len(self.nests) == 1
-        return all(overwrites(nest, tensor, alone=alone) for nest in self.nests)
+        if self.like is not None and tensor in self.like[1]:
+            return self.like[0].overwrites(self.like[1][tensor])
+        if tensor not in self._answers:
+            alone = len(self.nests) == 1
+            self._answers[tensor] = all(overwrites(nest, tensor, alone=alone) for nest in self.nests)
+        return self._answers[tensor]
 
 
 class Options:
@@ -52,7 +72,7 @@ class Options:
 
     def __init__(self, formulas: Formulas, tiles: Sequence[int] = TILES) -> None:
         self.formulas, self.tiles = formulas, tuple(tiles)
-        self._known: dict[tuple, list[tuple[Shape, dict[int, Mode]]]] = {}
+        self._known: dict[tuple, tuple[str, list[str], list[Option]]] = {}
         self._made: dict[tuple[str, frozenset[str]], list[Option]] = {}
         self._keys = {name: _structure(stage, formulas) for name, stage in formulas.stages.items()}
         base = {name: sum(work(part) for part in stage.parts) for name, stage in formulas.stages.items()}
@@ -66,18 +86,10 @@ class Options:
         order = sorted(inside, key=self.formulas.places.__getitem__)
         key = self._signature(name, order)
         if key in self._known:
-            shapes = [
-                replace(shape, inside={order[at]: mode for at, mode in modes.items()})
-                for shape, modes in self._known[key]
-            ]
-            self._made[exact] = [self._again(name, shape) for shape in shapes]
+            self._made[exact] = self._again(name, order, *self._known[key])
         else:
             self._made[exact] = _best([each for modes in self._modes(order) for each in self._search(name, modes)])
-            place = {each: at for at, each in enumerate(order)}
-            self._known[key] = [
-                (each.shape, {place[inner]: mode for inner, mode in each.shape.inside.items()})
-                for each in self._made[exact]
-            ]
+            self._known[key] = name, order, self._made[exact]
         return self._made[exact]
 
     def _modes(self, inside: Sequence[str]) -> Iterator[Inside]:
@@ -151,15 +163,30 @@ class Options:
         for part, each in zip(chosen, loops, strict=True):
             nests.append(Nest(self.formulas, stage, part, inside, each, size))
         scratch = max(Scratch(nest).size for nest in nests)
-        return Option(Shape(inside, tuple(loops), size, chosen), tuple(nests), scratch, sum(nest.work for nest in nests))
+        shape, total = Shape(inside, tuple(loops), size, chosen), sum(nest.work for nest in nests)
+        exact = all(loop.exact for nest in nests for loop in nest.root.loops)
+        return Option(shape, scratch, total, exact, lambda made=tuple(nests): made)
 
-    def _again(self, name: str, shape: Shape) -> Option:
-        """An option for a stage that was found for another one of the same structure."""
+    def _again(self, name: str, order: list[str], other: str, its: list[str], options: list[Option]) -> list[Option]:
+        """Options that were found for another stage of the same structure; nests are built where they are used."""
+        ours, theirs = (
+            [tensor for each in (*inside, stage) for tensor in (*self._keys[each][1], each)]
+            for inside, stage in ((order, name), (its, other))
+        )
+        same, found = dict(zip(ours, theirs, strict=True)), []
+        for option in options:
+            inside = {mine: option.shape.inside[yours] for mine, yours in zip(order, its, strict=True)}
+            shape = replace(option.shape, inside=inside)
+            make = functools.partial(self._nests, name, shape)
+            found.append(Option(shape, option.scratch, option.work, option.exact, make, (option, same)))
+        return found
+
+    def _nests(self, name: str, shape: Shape) -> tuple[Nest, ...]:
         if len(shape.parts) > len(self.formulas.stages[name].parts):
-            found = self._split(name, shape.inside, shape.loops, shape.size)
+            found = self._split(name, shape.inside, shape.loops[:1], shape.size)
             assert found is not None
-            return found
-        return self._build(name, shape.inside, shape.loops, shape.size)
+            return found.nests
+        return self._build(name, shape.inside, shape.loops, shape.size).nests
 
     def _split(self, name: str, inside: Inside, loops: Sequence[Loops], size: int) -> Option | None:
         """With the remainder of the last loop as a nest of its own, so that nothing is computed twice."""
@@ -211,16 +238,12 @@ def _best(options: list[Option]) -> list[Option]:
     """Those that no other one beats; of equals the first. What can be written in place counts apart."""
     kept: list[Option] = []
     for each in sorted(options, key=lambda option: (option.work, option.scratch)):
-        exact = _exact(each)
         if not any(
-            other.scratch <= each.scratch and other.work <= each.work and (_exact(other) or not exact) for other in kept
+            other.scratch <= each.scratch and other.work <= each.work and (other.exact or not each.exact)
+            for other in kept
         ):
             kept.append(each)
     return kept
-
-
-def _exact(option: Option) -> bool:
-    return all(loop.exact for nest in option.nests for loop in nest.root.loops)
 
 
 # -- structure as a value ----------------------------------------------------------------------------
@@ -261,9 +284,18 @@ def _structure(stage: Stage, formulas: Formulas) -> tuple[tuple, tuple[str, ...]
     numbering = _Numbering(formulas)
     rows = []
     for part in stage.parts:
-        axes = tuple((numbering.vars.setdefault(var, len(numbering.vars)), var.extent) for var in (*part.axes, *part.inner))
+        axes = tuple(
+            (numbering.vars.setdefault(var, len(numbering.vars)), var.extent) for var in (*part.axes, *part.inner)
+        )
         body = None if part.body is None else numbering.value(part.body)
-        rows.append((axes, len(part.axes), tuple(map(numbering.index, part.store)), part.combine, body, numbering.value(part.finish)))
+        rows.append(
+            (
+                axes,
+                len(part.axes),
+                tuple(map(numbering.index, part.store)),
+                part.combine,
+                body,
+                numbering.value(part.finish),
+            )
+        )
     return (stage.shape, stage.dtype, tuple(rows)), tuple(numbering.tensors)
-
-

@@ -56,6 +56,20 @@ class Search:
         self.place = {name: at for at, name in enumerate(self.order)}
         self.readers = formulas.readers()
         self.base = {name: sum(work(part) for part in stage.parts) for name, stage in formulas.stages.items()}
+        self.narrow = self._narrow()
+
+    def _narrow(self) -> set[str]:
+        """Stages with several readers past which nothing else stays alive, as the sums of a residual stream.
+
+        They are written to memory, which separates what comes before from what comes after.
+        """
+        found: set[str] = set()
+        open_until = 0
+        for at, name in enumerate(self.order):
+            if open_until <= at and len(self.readers[name]) > 1:
+                found.add(name)
+            open_until = max(open_until, *(self.place[each] for each in self.readers[name]), 0)
+        return found
 
     def run(self) -> Schedule:
         """The schedule of least work under the limit; without one that fits, the smallest found."""
@@ -73,7 +87,7 @@ class Search:
 
     def _next(self, state: _State, name: str, at: int) -> Iterable[_State]:
         stage = self.formulas.stages[name]
-        if len(state.waiting) < MOST and len(stage.parts) == 1 and name not in self.formulas.outputs:
+        if len(state.waiting) < MOST and self._may_wait(stage):
             waiting = (*state.waiting, (name, False))
             yield _State(state.live, waiting, state.peak, state.work + self.base[name], state)
         inside = self._inside(state, name)
@@ -92,6 +106,9 @@ class Search:
                 peak = max(state.peak, held + own + -(-option.scratch // ALIGN) * ALIGN)
                 total = state.work + option.work - spent
                 yield _State(live, after, peak, total, state, (name, option, over))
+
+    def _may_wait(self, stage: Stage) -> bool:
+        return len(stage.parts) == 1 and stage.name not in self.formulas.outputs and stage.name not in self.narrow
 
     def _inside(self, state: _State, name: str) -> frozenset[str] | None:
         """Waiting stages that the nest of a stage computes; None where that is too many, or too much again."""
@@ -192,5 +209,3 @@ def _size(stage: Stage) -> int:
 def schedule(formulas: Formulas, limit: int | None = None) -> Schedule:
     """The best schedule under a limit of bytes of RAM for arena and pieces."""
     return Search(formulas, limit).run()
-
-

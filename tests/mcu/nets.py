@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import onnx
 import torch
@@ -56,7 +57,7 @@ def export(net: nn.Module, *shape: int, seed: int = 0) -> onnx.ModelProto:
     return onnx.load_model_from_string(stream.getvalue())
 
 
-def made(kind: type[nn.Module], *shape: int, seed: int = 0) -> onnx.ModelProto:
+def made(kind: Callable[[], nn.Module], *shape: int, seed: int = 0) -> onnx.ModelProto:
     """A fresh network of a class, exported."""
     torch.manual_seed(seed)
     return export(kind(), *shape)

@@ -71,9 +71,13 @@ def _expm1(x: Expr, factor: float) -> Expr:
     return call("mul", call("sub", call("exp", x), const(1, x)), const(factor, x))
 
 
+def _unary(name: str) -> Callable[[Expr, ir.Node], Expr]:
+    return lambda x, node: call(name, x)
+
+
 UNARY: dict[str, Callable[[Expr, ir.Node], Expr]] = {
     **{
-        name: (lambda x, node, f=name.lower(): call(f, x))
+        name: _unary(name.lower())
         for name in (
             [
                 "Abs",
@@ -305,10 +309,8 @@ def _clip(b: Builder, node: ir.Node) -> None:
 @op("Cast", "CastLike")
 def _cast(b: Builder, node: ir.Node) -> None:
     x = b.need(node, 0)
-    if node.op_type == "CastLike":
-        target = b.dtype(b.need(node, 1))
-    else:
-        target = _numpy(b, node, integer(node, "to"))
+    like = node.op_type == "CastLike"
+    target = b.dtype(b.need(node, 1)) if like else _numpy(b, node, integer(node, "to"))
     b.define(b.output(node), b.shape(x), lambda i: cast(b.at(x, i), target))
 
 
