@@ -17,7 +17,8 @@ from onnx import numpy_helper
 
 from lrcompile.backends.c import host
 from lrcompile.backends.c.emit import emit
-from lrcompile.dataflow.fuse import fuse, refine
+from lrcompile.dataflow.fuse import fuse
+from lrcompile.dataflow.refine import refine
 from lrcompile.dataflow.schedule import plain
 from lrcompile.errors import LrcompileError, UnsupportedError
 from lrcompile.graphs.onnx.formulas import build
