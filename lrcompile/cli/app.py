@@ -173,6 +173,12 @@ def deploy(
     flash: Annotated[str | None, typer.Option("--flash", help="flash for code and weights: 1MB")] = None,
     external: Annotated[str | None, typer.Option("--external", help="external flash that weights go to: 8MB")] = None,
     stack: Annotated[str | None, typer.Option("--stack", help="stack to reserve; default: what is needed")] = None,
+    keep: Annotated[
+        float | None, typer.Option("--keep", help="compress first: share of the weights that stays")
+    ] = None,
+    max_drift: Annotated[float | None, typer.Option("--max-drift", help="gate of --keep, as in optimize")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="quantise to 8 bits, calibrated")] = False,
+    calib: Annotated[str | None, typer.Option("--calib", help="samples for --keep and --int8: .npz")] = None,
     run: Annotated[str | None, typer.Option("--run", help="samples to run in the emulator: .npz")] = None,
     shape: Annotated[list[str] | None, typer.Option("--shape", help="a static input shape: x=1,3,32,32")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace files in the folder")] = False,

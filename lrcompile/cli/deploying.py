@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrcompile.budget import quantity
+from lrcompile.cli.preparing import prepared
 from lrcompile.cli.shell import Answer
 from lrcompile.errors import MissingExtraError, UsageError, nearest
 from lrcompile.progress import Progress
@@ -35,19 +36,21 @@ def deploy(given: dict[str, Any], tell: Progress) -> Answer:
 
     board = _board(given)
     _check_output(output, given["force"])
-    tell("reading the model")
-    formulas = backend.formulas(model, _shapes(given["shape"] or []))
-    samples = None if given["run"] is None else _samples(given["run"], formulas)
-    tell("searching a schedule")
-    schedule = backend.plan(formulas, board)
     with tempfile.TemporaryDirectory(prefix="lrcompile-") as scratch:
+        source = prepared(model, Path(scratch), given, tell)
+        tell("reading the model")
+        formulas = backend.formulas(source, _shapes(given["shape"] or []))
+        samples = None if given["run"] is None else _samples(given["run"], formulas)
+        tell("searching a schedule")
+        schedule = backend.plan(formulas, board)
         tell("compiling")
         firmware = backend.compile_to(Path(scratch), schedule, board)
         check = None
         if samples is not None:
             tell("running in the emulator", total=samples.samples)
-            check = backend.check(firmware, model, _counted(samples, tell))
+            check = backend.check(firmware, source, _counted(samples, tell))
         fields = _fields(firmware, board, check)
+        fields["precision"] = "int8" if backend.quantised(source) else "float32"
         fields["files"] = _publish(firmware, schedule, fields, model, output, given["force"])
     return Answer(fields, lambda: _show(fields, schedule, output))
 
