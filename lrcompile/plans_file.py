@@ -36,7 +36,8 @@ def save(plan: Plan, folder: Path, *, statistics: bool, force: bool) -> None:
     content: dict[str, Any] = {
         "schema": SCHEMA,
         "entries": [writer.entry(entry) for entry in plan.entries.values()],
-        "statistics": writer.moments(plan.moments if statistics else {}),
+        "statistics": writer.moments("moments", plan.moments if statistics else {}),
+        "gradients": writer.moments("gradients", plan.gradients if statistics else {}),
         "calibrated": plan.calibrated,
         "align": plan.align,
         "seed": plan.seed,
@@ -77,7 +78,7 @@ class _Writer:
             "recipe": None if recipe is None else {**vars(recipe), "inputs": list(recipe.inputs)},
         }
 
-    def moments(self, found: Mapping[str, Moments]) -> list[list[Any]]:
+    def moments(self, kind: str, found: Mapping[str, Moments]) -> list[list[Any]]:
         """One list of keys for each object: sites that read one tensor share their moments."""
         keys: dict[int, list[str]] = {}
         for key, moments in found.items():
@@ -86,8 +87,8 @@ class _Writer:
             stored = found[names[0]].tensors()
             gram = stored.pop("gram")
             rows, columns = torch.tril_indices(*gram.shape).unbind()
-            self.held[f"moments.{index}.gram"] = gram[rows, columns]
-            self.held.update({f"moments.{index}.{name}": value for name, value in stored.items()})
+            self.held[f"{kind}.{index}.gram"] = gram[rows, columns]
+            self.held.update({f"{kind}.{index}.{name}": value for name, value in stored.items()})
         return list(keys.values())
 
 
@@ -141,14 +142,11 @@ def _held(folder: Path) -> dict[str, Tensor]:
 def _read(content: dict[str, Any], held: dict[str, Tensor]) -> Plan:
     memo: dict[Any, Any] = {}
     entries = [_entry(item, held, memo) for item in content["entries"]]
-    moments = {}
-    for index, keys in enumerate(content["statistics"]):
-        found = _moments(held, f"moments.{index}.")
-        moments.update({_text(key): found for key in keys})
     drift = content["drift"]
     return Plan(
         {entry.name: entry for entry in entries},
-        moments,
+        _all_moments("moments", content["statistics"], held),
+        _all_moments("gradients", content["gradients"], held),
         calibrated=bool(content["calibrated"]),
         align=int(content["align"]),
         seed=int(content["seed"]),
@@ -156,6 +154,11 @@ def _read(content: dict[str, Any], held: dict[str, Tensor]) -> Plan:
         drift=None if drift is None else float(drift),
         budget={_text(name): value for name, value in content["budget"].items()},
     )
+
+
+def _all_moments(kind: str, names: list[list[Any]], held: dict[str, Tensor]) -> dict[str, Moments]:
+    found = [_moments(held, f"{kind}.{index}.") for index in range(len(names))]
+    return {_text(key): each for keys, each in zip(names, found, strict=True) for key in keys}
 
 
 def _text(value: Any) -> str:
