@@ -196,7 +196,7 @@ def _refreeze(graph: Graph, sites: list[LinearSite], left: list[Choice]) -> tupl
 def _offers(site: LinearSite, passes: Sequence[LinearPass], context: Context) -> Offer:
     offer = Offer([], [])
     before = site_cost(site)
-    for each in passes:
+    for each in filter(lambda each: each.concerns(site), passes):
         reason = each.refuse(site, context)
         if reason:
             offer.reasons.append(reason)
