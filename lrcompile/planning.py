@@ -236,7 +236,7 @@ def positions(graph: Graph, sites: Sequence[LinearSite], sample: Inputs | None) 
     """Vectors that one use of each site multiplies for ``sample``, padding included; 1 where it is not known."""
     if sample is None or not sites:
         return {site.name: 1.0 for site in sites}
-    found = graph.observe([unmasked(sample)], sites, memory=2**40)
+    found = graph.observe([unmasked(sample)], sites, memory=0)
     return {site.name: found[site.input].multiplied / len(site.uses) if site.input in found else 1.0 for site in sites}
 
 

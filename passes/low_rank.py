@@ -66,12 +66,14 @@ class LowRank(LinearPass):
         """One proposal for each aligned rank below break-even; factors are made when chosen."""
         analysed = self._analyse(site, context)
         tails = self._errors(site, context, analysed).tolist()
+        # without data a plan may be of a model that is larger than memory: what is chosen is decomposed again
+        kept = analysed if context.statistics(site) is not None else None
         for rank in context.ranks(site)[self.min_rank - 1 :]:
             yield Proposal(
                 (site.name,),
                 tails[rank],
                 _price(site, rank),
-                lambda rank=rank: {site.name: self._build(site, context, analysed, rank)},
+                lambda rank=rank: {site.name: self._build(site, context, kept or self._analyse(site, context), rank)},
                 label=f"rank {rank}",
                 source=self.name,
                 rank=rank,

@@ -41,10 +41,13 @@ def _dequantize_rule(node: ir.Node) -> LinearOperator | None:
     if (block and axis == 1 and scale.ndim == 2) or (not block and axis == 0 and scale.ndim == 1):
         return _by_row(codes, scale, zero, bits, block)
     if (block and axis == 0 and scale.ndim == 2) or (not block and axis == 1 and scale.ndim == 1):
-        return transpose(
-            _by_row(codes.T, *(None if g is None else g.T if g.ndim > 1 else g for g in (scale, zero)), bits, block)
-        )
+        grid = None if zero is None else _turned(zero)
+        return transpose(_by_row(codes.T, _turned(scale), grid, bits, block))
     return None
+
+
+def _turned(grid: Tensor) -> Tensor:
+    return grid.T if grid.ndim == 2 else grid
 
 
 def _by_row(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, block: int = 0) -> Quantized:

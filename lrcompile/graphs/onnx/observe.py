@@ -45,7 +45,7 @@ def observe(
     readers = {site.input: matches[site.name] for site in sites}
     found: dict[str, Moments] = {}
     for group in groups(sizes, memory):
-        collector = Collector()
+        collector = Collector(counting=not memory)
         session = session_with(model, [match.source for key in group for match in readers[key]])
         own = {key: readers[key] for key in group}
         cutter = Cutter(model)
