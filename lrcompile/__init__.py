@@ -15,6 +15,8 @@ _FACE = {
     "plan": "lrcompile.api",
     "save": "lrcompile.artifact",
     "load": "lrcompile.artifact",
+    "refresh": "lrcompile.plans_state",
+    "Plan": "lrcompile.plans",
     "Pipeline": "lrcompile.pipeline",
     "Result": "lrcompile.pipeline",
     "Options": "lrcompile.options",
@@ -52,6 +54,7 @@ __all__ = [
     "NodeRewrite",
     "Options",
     "Pipeline",
+    "Plan",
     "Product",
     "Proposal",
     "Result",
@@ -64,6 +67,7 @@ __all__ = [
     "low_rank",
     "optimize",
     "plan",
+    "refresh",
     "save",
 ]
 
@@ -79,6 +83,8 @@ if TYPE_CHECKING:
     from lrcompile.passes.low_rank import LowRank
     from lrcompile.pipeline import Pipeline, Result
     from lrcompile.planning import Settings
+    from lrcompile.plans import Plan
+    from lrcompile.plans_state import refresh
     from lrcompile.rewrite import Context, GraphPass, LinearPass, Proposal
     from lrcompile.sites import LinearSite
 

@@ -44,12 +44,14 @@ class Result:
         built: the artefact, ready to run.
         report: what was decided and measured.
         path: where it was published, if it was.
+        planned: what the allocator chose, where there was a limit.
     """
 
     graph: Graph
     built: Runnable
     report: record.Report
     path: Path | None = None
+    planned: Planned | None = None
 
     @property
     def model(self) -> Any:
@@ -232,7 +234,7 @@ class Pipeline:
             outcome.conclude(run)
             report.status = "unchanged"
             report.seconds = time.monotonic() - start
-            return Result(run.graph, built, report)
+            return Result(run.graph, built, report, planned=run.planned)
         source = getattr(run.graph, "path", None)
         target = outcome.target_of(run.graph, out)
         files = AtomicSet(target, inputs=[source] if source else [], force=self.options.force) if target else None
@@ -248,7 +250,7 @@ class Pipeline:
             if files is not None:
                 outcome.write_reports(run, files)
             built.release()
-        return Result(run.graph, built, report, target)
+        return Result(run.graph, built, report, target, run.planned)
 
     def _check_limits(self, run: stages.Run, built: Runnable, files: AtomicSet | None) -> None:
         room = outcome.missing(run, built, files, self.budget)

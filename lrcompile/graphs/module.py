@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lrcompile.calibrate import Moments
 from lrcompile.data import InputSpec
 from lrcompile.errors import GateError, UsageError
-from lrcompile.graphs import module_observe, module_store
+from lrcompile.graphs import module_gradients, module_observe, module_store
 from lrcompile.graphs.base import Inputs, Journal, Outputs, Replacement
 from lrcompile.graphs.module_run import call, few, input_specs, macs, run
 from lrcompile.graphs.module_sites import Found, check_finite, find, share
@@ -28,6 +28,7 @@ from lrcompile.graphs.module_trace import Trace, trace
 from lrcompile.graphs.structured import Change, Pool, install, shifted
 from lrcompile.linop import LinearOperator, tensors
 from lrcompile.sites import LinearSite, Use, Window
+from lrcompile.sketch import Importance
 from lrcompile.windows import unfit
 
 
@@ -223,6 +224,16 @@ class ModuleGraph:
         founds = {name: self.found(name) for name in changes}
         with self._as_given():
             return module_observe.probe(self.model, batches, founds, changes)
+
+    def gradients(
+        self, batches: Iterable[Inputs], sites: Sequence[LinearSite], *, memory: int, seed: int
+    ) -> Importance:
+        """Moments of the outputs' gradients at what the sites give, by site name; see :mod:`lrcompile.sketch`."""
+        batches = module_observe.reusable(batches)
+        self._ensure_checked(batches)
+        founds = {site.name: self.found(site.name) for site in sites}
+        with self._as_given():
+            return module_gradients.gradients(self.model, batches, founds, memory=memory, seed=seed)
 
     def macs(self, sample: Inputs) -> int:
         """Multiply–accumulates of all matrix products, convolutions and attention on ``sample``."""

@@ -35,6 +35,7 @@ from lrcompile.graphs.onnx.tensors import to_torch
 from lrcompile.linop import Dense, LinearOperator
 from lrcompile.memory import release
 from lrcompile.sites import LinearSite
+from lrcompile.sketch import Importance
 from lrcompile.windows import unfit
 
 if TYPE_CHECKING:
@@ -215,6 +216,15 @@ class OnnxGraph:
         """Squared relative change of the outputs when each site alone is replaced."""
         pairs = {name: (self.original(name), self.matches(name)) for name in changes}
         return probe(self.model, batches, pairs, changes)
+
+    def gradients(
+        self, batches: Iterable[Inputs], sites: Sequence[LinearSite], *, memory: int, seed: int
+    ) -> Importance:
+        """Moments of the outputs' gradients at what the sites give, by site name; see :mod:`lrcompile.sketch`."""
+        from lrcompile.graphs.onnx.differentiate import gradients
+
+        matches = {site.name: self.matches(site.name) for site in sites}
+        return gradients(self.model, batches, sites, matches, memory=memory, seed=seed)
 
     # -- facts -----------------------------------------------------------------------------
 

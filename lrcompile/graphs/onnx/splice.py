@@ -18,6 +18,10 @@ Emit = Callable[["Tape", Match, ir.Value], ir.Value]
 """Computes the match's root (bias of the last node included) from its source in the clone."""
 
 
+SOURCE = "pkg.torch.onnx.fx_node"
+"""Metadata that quotes the whole line that a node was exported from: untrue of the nodes that take its place."""
+
+
 @dataclass(eq=False)
 class Tape:
     """New nodes for one place of a graph; they are inserted when all are recorded.
@@ -111,7 +115,8 @@ class Splicer:
     def replace(self, match: Match, emit: Emit, prefix: str) -> None:
         """Replaces the nodes of a match by what ``emit`` records."""
         last = self.node(match.nodes[-1])
-        tape = Tape(self.graph, prefix, self.taken, dict(last.metadata_props))
+        metadata = {key: text for key, text in last.metadata_props.items() if key != SOURCE}
+        tape = Tape(self.graph, prefix, self.taken, metadata)
         old = self.value(match.root)
         new = emit(tape, match, self.value(match.source))
         if not tape.nodes or new is not tape.nodes[-1].outputs[0]:
