@@ -69,19 +69,29 @@ class ConvLowRank(LinearPass):
             fit = _Fit.of(self, site, context, places)
             for form in (form for form, size in fast.items() if size == places and self.form in ("all", form)):
                 for ranks in _sizes(form, fit.inner, site.shape[0], context.align):
-                    yield self._proposal(form, site, fit, ranks)
+                    yield self._proposal(form, site, context, fit, ranks)
 
-    def _proposal(self, form: str, site: LinearSite, fit: _Fit, ranks: tuple[int, ...]) -> Proposal:
-        held = storage_dtype(site.operator)
-        price = site_cost(site, _expression(fit.places, *(t.to(held) for t in fit.shapes(*ranks))))
+    def _proposal(self, form: str, site: LinearSite, context: Context, fit: _Fit, ranks: tuple[int, ...]) -> Proposal:
+        new = _replacement(site, fit, ranks)
+        # the moments that a form was fitted to are damped: what the data tell counts where it is worse
+        error = max(fit.error(*ranks), context.error(site, new.operator, new.shift))
+        places = fit.places
 
-        def build() -> dict[str, Replacement]:
-            factors = [factor.to(held).contiguous() for factor in fit.factors(*ranks)]
-            operator = _expression(fit.places, *factors)
-            return {site.name: Replacement(operator, fit.shift(operator))}
+        def build() -> dict[str, Replacement]:  # moments of patches are large: nothing of a fit is kept
+            return {site.name: _replacement(site, _Fit.of(self, site, context, places), ranks)}
 
         label = f"{form} {'×'.join(map(str, ranks))}"
-        return Proposal((site.name,), fit.error(*ranks), price, build, label=label, source=self.name, rank=ranks[0])
+        cost = site_cost(site, new.operator)
+        return Proposal((site.name,), error, cost, build, label=label, source=self.name, rank=ranks[0])
+
+
+def _replacement(site: LinearSite, fit: _Fit, ranks: tuple[int, ...]) -> Replacement:
+    held = storage_dtype(site.operator)
+    operator = _expression(fit.places, *(factor.to(held).contiguous() for factor in fit.factors(*ranks)))
+    if fit.mean is None:
+        return Replacement(operator)
+    lost = (densify(site.operator).double() - densify(operator).double()) @ fit.mean
+    return Replacement(operator, lost.to(held))
 
 
 def _expression(places: int, *factors: Tensor) -> LinearOperator:
@@ -108,7 +118,8 @@ def _sizes(form: str, inner: int, out: int, align: int) -> list[tuple[int, ...]]
 class _Fit:
     """One kernel (out, inner * places) and the moments of its patches, float64."""
 
-    weight: Tensor
+    weight: Tensor  # in a basis of the outputs in which all of them matter alike
+    outer: Tensor | None  # lower Cholesky factor of what an error at the outputs matters
     metric: Tensor | None  # (inner * places, inner * places)
     channels: Spectrum  # of the kernel unfolded to (out * places, inner)
     places: int
@@ -121,34 +132,32 @@ class _Fit:
         center = moments is not None and all(use.bias is not None for use in site.uses)
         shrink = 0.0 if moments is None else sampling_shrink(moments)
         metric = metric_matrix(moments, "whitened", center=center, shrink=shrink, damp=each.damp, alpha=0.5)
+        outer = _root(context.importance(site))
+        weight = weight if outer is None else outer.T @ weight
         inner = weight.shape[1] // places
         unfolded = weight.reshape(len(weight), inner, places).movedim(1, -1).reshape(-1, inner)
         own = None if metric is None else torch.einsum("ipjp->ij", metric.reshape(inner, places, inner, places))
         mean = moments.mean() if moments is not None and center else None
-        return cls(weight, metric, spectrum(unfolded, own), places, mean)
+        return cls(weight, outer, metric, spectrum(unfolded, own), places, mean)
 
     @property
     def inner(self) -> int:
         return self.weight.shape[1] // self.places
 
-    def shapes(self, rank: int, outer: int | None = None) -> tuple[Tensor, ...]:
-        """What :meth:`factors` would give, without its values."""
-        out, sizes = len(self.weight), (rank, self.inner)
-        if outer is None:
-            return torch.empty(out, rank * self.places, device="meta"), torch.empty(sizes, device="meta")
-        core = torch.empty(outer, rank * self.places, device="meta")
-        return torch.empty(out, outer, device="meta"), core, torch.empty(sizes, device="meta")
-
     def factors(self, rank: int, outer: int | None = None) -> tuple[Tensor, ...]:
         """(left, V), or (left, core, V) where the outputs are cut to ``outer`` channels as well."""
         right, left, energy = self._refitted(rank)
         if outer is None:
-            return left, right
+            return self._plain(left), right
         vectors = _leading(left, energy)[1][:, :outer]
-        return vectors, vectors.T @ left, right
+        return self._plain(vectors), vectors.T @ left, right
+
+    def _plain(self, left: Tensor) -> Tensor:
+        """A left factor in the basis that the outputs really have."""
+        return left if self.outer is None else torch.linalg.solve_triangular(self.outer.T, left, upper=True)
 
     def error(self, rank: int, outer: int | None = None) -> float:
-        """``tr[(W − Ŵ) H (W − Ŵ)ᵀ]``."""
+        """``tr[G (W − Ŵ) H (W − Ŵ)ᵀ]``; G is what the outputs matter."""
         _, left, energy = self._refitted(rank)
         values = _leading(left, energy)[0]
         whole = self.weight if self.metric is None else self.weight @ self.metric
@@ -170,12 +179,13 @@ class _Fit:
         split = columns.reshape(self.inner, self.places, -1)
         return torch.einsum("ri,ipc->rpc", right, split).reshape(len(right) * self.places, -1)
 
-    def shift(self, operator: LinearOperator) -> Tensor | None:
-        """What the bias gains, so that the mean output stays."""
-        if self.mean is None:
-            return None
-        stored = densify(operator)
-        return ((self.weight - stored.double()) @ self.mean).to(stored.dtype)
+
+def _root(matrix: Tensor | None) -> Tensor | None:
+    """The lower Cholesky factor of a matrix that may be singular."""
+    if matrix is None:
+        return None
+    jitter = 1e-9 * float(matrix.diagonal().mean()) or 1.0
+    return torch.linalg.cholesky(matrix + jitter * torch.eye(len(matrix), dtype=matrix.dtype))
 
 
 def _leading(left: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
