@@ -55,7 +55,9 @@ Exclude = Annotated[list[str] | None, _option("--exclude", help="no site whose n
 Seed = Annotated[int, _option("--seed", help="seed of everything random")]
 DataFree = Annotated[bool, _option("--data-free", help="allow a lossy budget without calibration data")]
 Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="keep statistics on disk, in $LRCOMPILE_CACHE")]
-Probes = Annotated[bool, _option("--probes/--no-probes", help="measure how much each site matters")]
+Probes = Annotated[
+    bool | None, _option("--probes/--no-probes", help="measure how much each site matters (default: where it helps)")
+]
 Metric = Annotated[
     str | None, _option("--metric", help="package.module:function(reference, candidate), larger is worse")
 ]
@@ -95,7 +97,7 @@ def plan(
     preset: Preset = None,
     data_free: DataFree = False,
     cache: Cache = True,
-    probes: Probes = True,
+    probes: Probes = None,
     seed: Seed = 0,
     config: Config = None,
     json: Json = False,
@@ -131,7 +133,7 @@ def optimize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="do everything but write the result")] = False,
     latency_check: Latency = True,
     cache: Cache = True,
-    probes: Probes = True,
+    probes: Probes = None,
     seed: Seed = 0,
     config: Config = None,
     json: Json = False,
