@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,12 +12,12 @@ from torch import Tensor, fx, nn
 
 import lrcompile
 from benchmarks.common import WORK, table, write
-from lrcompile import Budget, Options, Plan, Settings, zoo
+from lrcompile import Budget, Options, Plan, Settings
 from lrcompile.backends.dynamo import backend
 from lrcompile.backends.dynamo.dispatch import Dispatcher
 from lrcompile.graphs.module_sites import share
 from lrcompile.measure import interval
-from lrcompile.zoo import minilm
+from lrcompile.zoo import minilm, smollm2
 
 KEEPS = {0.8: 0.92, 0.6: 0.80, 0.4: 0.62}
 """What is kept, and the ratio that is required of it."""
@@ -34,9 +33,7 @@ def main() -> None:
     """Measures on one thread, where other work on the machine disturbs least."""
     torch.set_num_threads(1)
     WORK.mkdir(parents=True, exist_ok=True)
-    rows = list(_minilm())
-    if "smollm2" in zoo.names():
-        rows.append(_smollm2())
+    rows = [*_minilm(), _smollm2()]
     found = _overhead()
     parts = (f"1 × {WEIGHTS}", f"{WEIGHTS // 7} × 7")
     lookup = [[part, f"{ms:.3f}", LIMIT] for part, ms in zip(parts, found, strict=True)]
@@ -48,10 +45,10 @@ def main() -> None:
 _COLUMNS = ("model", "tokens", "keep", "sites run as factors", "relative L2", "eager dense, ms", "Inductor dense, ms",
             "lrcompile, ms", "ratio to Inductor dense", "required")  # fmt: skip
 _HEAD = """Each row is one plan, run as it was compiled. One thread, float32, `torch.inference_mode`. Dense and factors
-take turns; the ratio is the median of the paired ratios with its 95 % interval. *Sites* is what `Plan.status()` says of
-the code that ran. Relative L2: `Plan.drift` on evaluation data. *bare* has no options: exact passes alone, which find
-nothing in trained weights, so it shows what the backend itself costs. SmolLM2 is compiled one decoder layer at a time;
-its head and its embedding are one tensor and stay dense."""
+take turns; the ratio is the median of the paired ratios with its 95 % interval. *Sites* is what `Plan.status()` says
+of the code that ran. Relative L2: `Plan.drift` on evaluation data; plans are made with gradients, without probes.
+*bare* has no options: exact passes alone, which find nothing in trained weights, so it shows what the backend itself
+costs. SmolLM2 is compiled one decoder layer at a time; its head and its embedding are one tensor and stay dense."""
 _LOOKUP = f"""## The dispatcher
 
 Finding the factors of {WEIGHTS} planned weights and checking that none was written to: calls of the dispatcher with
@@ -70,7 +67,7 @@ def _minilm() -> Iterator[list[object]]:
     ready = torch.compile(share(model), backend="lrcompile")
     yield _row("MiniLM, bare", "1×128", "1", None, feeds, (eager, dense, ready), "")
     for keep, required in KEEPS.items():
-        settings = Settings(cache=WORK / "cache")
+        settings = Settings(cache=WORK / "cache", probes=False)
         options = Options(max_drift=GATE, settings=settings)
         plan = lrcompile.plan(model, Budget(keep=keep), calibration=batches[0], evaluation=batches[1], options=options)
         torch._dynamo.reset()
@@ -81,7 +78,6 @@ def _minilm() -> Iterator[list[object]]:
 def _smollm2() -> list[object]:
     """Layer by layer: a whole model of thirty layers takes minutes to compile."""
     torch._dynamo.reset()
-    smollm2: Any = importlib.import_module("lrcompile.zoo.smollm2")
     model = smollm2.module()
     keep, required = REGIONAL
     settings = Settings(cache=WORK / "cache", probes=False, exclude=("*lm_head*",))
