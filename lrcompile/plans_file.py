@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ def save(plan: Plan, folder: Path, *, statistics: bool, force: bool) -> None:
     content: dict[str, Any] = {
         "schema": SCHEMA,
         "entries": [writer.entry(entry) for entry in plan.entries.values()],
-        "statistics": writer.moments("moments", plan.moments if statistics else {}),
-        "gradients": writer.moments("gradients", plan.gradients if statistics else {}),
+        "statistics": writer.moments(plan.moments if statistics else {}, "moments"),
+        "gradients": writer.moments(plan.gradients if statistics else {}, "gradients"),
         "calibrated": plan.calibrated,
         "align": plan.align,
         "seed": plan.seed,
@@ -78,7 +79,7 @@ class _Writer:
             "recipe": None if recipe is None else {**vars(recipe), "inputs": list(recipe.inputs)},
         }
 
-    def moments(self, kind: str, found: Mapping[str, Moments]) -> list[list[Any]]:
+    def moments(self, found: Mapping[str, Moments], kind: str) -> list[list[Any]]:
         """One list of keys for each object: sites that read one tensor share their moments."""
         keys: dict[int, list[str]] = {}
         for key, moments in found.items():
@@ -145,8 +146,8 @@ def _read(content: dict[str, Any], held: dict[str, Tensor]) -> Plan:
     drift = content["drift"]
     return Plan(
         {entry.name: entry for entry in entries},
-        _all_moments("moments", content["statistics"], held),
-        _all_moments("gradients", content["gradients"], held),
+        _keyed(content["statistics"], held, "moments"),
+        _keyed(content["gradients"], held, "gradients"),
         calibrated=bool(content["calibrated"]),
         align=int(content["align"]),
         seed=int(content["seed"]),
@@ -154,11 +155,6 @@ def _read(content: dict[str, Any], held: dict[str, Tensor]) -> Plan:
         drift=None if drift is None else float(drift),
         budget={_text(name): value for name, value in content["budget"].items()},
     )
-
-
-def _all_moments(kind: str, names: list[list[Any]], held: dict[str, Tensor]) -> dict[str, Moments]:
-    found = [_moments(held, f"{kind}.{index}.") for index in range(len(names))]
-    return {_text(key): each for keys, each in zip(names, found, strict=True) for key in keys}
 
 
 def _text(value: Any) -> str:
@@ -194,11 +190,17 @@ def _replacement(
 ) -> Replacement:
     operator = rebuild(item["structure"], {path: held[_text(key)] for path, key in item["tensors"].items()}, "", memo)
     check_indices(operator, name)
-    wanted = (shape[1], shape[0]) if kind == "Conv1D" else (shape[0], shape[1])
+    wanted = (shape[1], shape[0]) if kind == "Conv1D" else (shape[0], prod(shape[1:]))
     shift = None if item["shift"] is None else held[_text(item["shift"])]
     if operator.shape != wanted or (shift is not None and tuple(shift.shape) != wanted[:1]):
         raise InvalidInputError(f"factors of {operator.shape} do not fit a weight of {wanted}", where=name)
     return Replacement(operator, shift)
+
+
+def _keyed(items: list[list[Any]], held: dict[str, Tensor], kind: str) -> dict[str, Moments]:
+    """Moments by each of their keys."""
+    found = [_moments(held, f"{kind}.{index}.") for index in range(len(items))]
+    return {_text(key): each for keys, each in zip(items, found, strict=True) for key in keys}
 
 
 def _moments(held: dict[str, Tensor], prefix: str) -> Moments:

@@ -156,7 +156,7 @@ class Pass(ABC):
         """Every option with its type and default."""
         if not dataclasses.is_dataclass(cls):
             return {}
-        return {f.name: (str(f.type), _default(f)) for f in dataclasses.fields(cls)}
+        return {f.name: (_type_name(f.type), _default(f)) for f in dataclasses.fields(cls)}
 
     def __str__(self) -> str:
         if not _is_data(type(self)):
@@ -171,6 +171,11 @@ class Pass(ABC):
 
 def _is_data(cls: type) -> bool:
     return dataclasses.is_dataclass(cls)
+
+
+def _type_name(kind: Any) -> str:
+    """As it is written; with and without ``from __future__ import annotations``."""
+    return kind.__name__ if type(kind) is type else str(kind)
 
 
 def _default(f: dataclasses.Field) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 import lrcompile
 from lrcompile import Budget, Options, Plan, Settings
-from lrcompile.backends.dynamo.graph import linear
+from lrcompile.backends.dynamo.graph import along_last, linear, rebuilt
 from lrcompile.graphs.module import ModuleGraph
 from lrcompile.linop import Dense, leaves
 from lrcompile.plans import content
@@ -108,6 +108,8 @@ class Watch:
             def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
                 if target is linear:
                     watch.runs[-1].append(tuple(args[1].shape))
+                elif target is along_last:
+                    watch.runs[-1].append(rebuilt(*args[2:4], args[4:]).shape)
                 return super().call_function(target, args, kwargs)
 
         def run(*args: Any) -> Any:

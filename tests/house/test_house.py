@@ -25,6 +25,7 @@ MACHINE_PATH = re.compile(r"(?<![\w.*~$}-])/(?:work|tmp|root)/")
 ENTRY_POINTS = [
     (group, name, target)
     for group, entries in pyproject()["project"]["entry-points"].items()
+    if group.startswith("lrcompile.")
     for name, target in entries.items()
 ]
 ALL_REQUIREMENTS = [
