@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lrcompile.errors import UsageError
 from lrcompile.graphs.base import Graph
@@ -31,6 +31,8 @@ class NodeRewrite(GraphPass):
     Raises:
         UsageError: neither kind of rule is given, or a name that the command line could not take.
     """
+
+    early: ClassVar[bool] = True
 
     name: str  # type: ignore[misc]
     onnx: Any = None

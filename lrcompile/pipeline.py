@@ -23,7 +23,6 @@ from lrcompile.errors import GateError, InfeasibleError, LrcompileError, UsageEr
 from lrcompile.files import AtomicSet, made_folder
 from lrcompile.graphs.base import Graph
 from lrcompile.lowering import Runnable
-from lrcompile.node_rewrite import NodeRewrite
 from lrcompile.options import Options
 from lrcompile.progress import Progress
 from lrcompile.registry import EXACT, backend_for, load
@@ -202,8 +201,8 @@ class Pipeline:
     def _exact(self, run: stages.Run) -> int:
         """Graph passes in their order; those that rewrite nodes come before ours that rewrite weights."""
         ours = [load("passes", name)() for name in EXACT] if self.exact else []
-        nodes = [each for each in self.passes if isinstance(each, NodeRewrite)]
-        given = [each for each in self.passes if isinstance(each, GraphPass) and each not in nodes]
+        given = [each for each in self.passes if isinstance(each, GraphPass)]
+        nodes, given = [p for p in given if p.early], [p for p in given if not p.early]
         context = Context(run.graph, align=run.backend.align, seed=self.options.settings.seed)
         # a metric of the user's own judges at the gate only
         limit = self.options.limit(self.budget) if self.options.metric is None else math.inf

@@ -11,6 +11,7 @@ from lrcompile.errors import UsageError, nearest
 PASSES = {
     "clean": "lrcompile.passes.clean:Clean",
     "fold": "lrcompile.passes.fold:Fold",
+    "fold-scales": "lrcompile.passes.fold_scales:FoldScales",
     "exact-low-rank": "lrcompile.passes.exact_low_rank:ExactLowRank",
     "conv-low-rank": "lrcompile.passes.conv_low_rank:ConvLowRank",
     "low-rank": "lrcompile.passes.low_rank:LowRank",

@@ -185,9 +185,14 @@ def _default(f: dataclasses.Field) -> Any:
 
 
 class GraphPass(Pass):
-    """A pass that rewrites a graph directly; exact unless it says otherwise."""
+    """A pass that rewrites a graph directly; exact unless it says otherwise.
+
+    Attributes:
+        early: it puts another model in the place of the graph's, so it runs before those that replace weights.
+    """
 
     exact: ClassVar[bool] = True
+    early: ClassVar[bool] = False
 
     @abstractmethod
     def apply(self, graph: Graph, context: Context) -> Sequence[Outcome]:

@@ -30,6 +30,7 @@ from lrcompile.graphs.onnx.node_rules import apply_rules
 from lrcompile.graphs.onnx.observe import observe
 from lrcompile.graphs.onnx.probe import probe
 from lrcompile.graphs.onnx.raising import Match, all_matches
+from lrcompile.graphs.onnx.scales import folded_scales
 from lrcompile.graphs.onnx.session import Session
 from lrcompile.graphs.onnx.tensors import to_torch
 from lrcompile.linop import Dense, LinearOperator
@@ -188,6 +189,17 @@ class OnnxGraph:
         if places:
             self.adopt(model)
         return places
+
+    def fold_scales(self) -> tuple[list[str], str]:
+        """Multiplies scales into the weights that read them; returns the names of their nodes, or why there are none.
+
+        Raises:
+            UsageError: sites were replaced already.
+        """
+        model, done, reason = folded_scales(self.model)
+        if model is not None:
+            self.adopt(model)
+        return done, reason
 
     def _continue_with(self, model: ir.Model) -> None:
         self.model = model
