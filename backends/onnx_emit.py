@@ -18,8 +18,9 @@ from torch import Tensor
 from lrcompile.errors import UnsupportedError
 from lrcompile.graphs.onnx.splice import Tape
 from lrcompile.graphs.onnx.tensors import from_torch
-from lrcompile.linop import LinearOperator
+from lrcompile.linop import LinearOperator, Product
 from lrcompile.sites import Window
+from lrcompile.windows import meets, pointwise, unfit
 
 
 @dataclass(eq=False)
@@ -29,10 +30,12 @@ class Store:
     Args:
         rules: the lowering of each operator type.
         opset: of the model.
+        blocks: the model uses ONNX Runtime's MatMulNBits already, so codes in blocks may be written so.
     """
 
     rules: Mapping[type[LinearOperator], Callable[..., ir.Value]]
     opset: int
+    blocks: bool = False
     stored: dict[Hashable, tuple[ir.Value, Tensor]] = field(default_factory=dict)
     values: dict[Hashable, ir.Value] = field(default_factory=dict)
 
@@ -55,6 +58,13 @@ class Store:
         value, first = self.stored[key]
         view = (key, tuple(tensor.shape), tuple(step for size, step in _axes(tensor)))
         return self.once(view, lambda: self._turned(tape, value, first, tensor))
+
+    def made(self, tape: Tape, key: Tensor, content: Tensor, name: str) -> ir.Value:
+        """A value that holds what was made of a tensor; stored once for each such tensor."""
+        place = (_place(key), "made")
+        if place not in self.stored:
+            self.stored[place] = (tape.constant(from_torch(content.contiguous()), name), key)
+        return self.stored[place][0]
 
     def _turned(self, tape: Tape, value: ir.Value, first: Tensor, wanted: Tensor) -> ir.Value:
         have, want = _axes(first), _axes(wanted)
@@ -99,7 +109,7 @@ class Emitter:
 
     Args:
         dtype: of the values that flow through the site.
-        window: of the convolution that the site is; only the right-most factor meets its strides.
+        window: of the convolution that the site is; only the right-most factor meets it.
     """
 
     store: Store
@@ -109,28 +119,47 @@ class Emitter:
     window: Window | None = None
 
     def apply(self, operator: LinearOperator, source: ir.Value) -> ir.Value:
-        """``source @ W.T`` along the channel axis.
+        """``source @ W.T`` along the channel axis, or the convolution whose kernel ``operator`` is.
 
         Raises:
-            UnsupportedError: the operator has no rule.
+            UnsupportedError: the operator has no rule, or does not fit the window.
         """
+        reason = unfit(operator, self.window)
+        if reason:
+            raise UnsupportedError(f"no ONNX form: {reason}", where=self.name)
+        return self.flow(operator, source)[0]
+
+    def flow(self, operator: LinearOperator, source: ir.Value) -> tuple[ir.Value, Window | None]:
+        """What the operator makes of the source, and what of the window is left for the factors before it."""
+        found = None if self.window is None else meets(operator, self.window)
+        if found is not None:
+            inner, first, rest = found
+            return self.under(first).flow(inner, source)[0], rest
+        if isinstance(operator, Product):
+            return self.through(operator, source)
         rule = self.store.rules.get(type(operator))
         if rule is None:
             raise UnsupportedError(f"no ONNX form for {type(operator).__name__}", where=self.name)
-        strides = None if self.window is None else tuple(self.window.strides)
-        return self.store.once((operator, source, strides), lambda: rule(self, operator, source))
+        rest = None if self.window is None else pointwise(self.window)
+        return self.store.once((operator, source, self.window), lambda: rule(self, operator, source)), rest
+
+    def through(self, operator: Product, source: ir.Value) -> tuple[ir.Value, Window | None]:
+        """A product: the right factor, then the left one under what the right one leaves of the window."""
+        inner, middle = self.part("right").flow(operator.right, source)
+        return self.part("left").under(middle).flow(operator.left, inner)
+
+    def under(self, window: Window | None) -> Emitter:
+        """The same emitter under another window."""
+        return Emitter(self.store, self.tape, self.name, self.dtype, window)
 
     @property
     def axis(self) -> int:
         """The channel axis."""
         return -1 if self.window is None else 1
 
-    def part(self, name: str, *, meets_input: bool = True) -> Emitter:
-        """The emitter of a factor whose name gets a suffix; one that does not meet the input has strides of 1."""
-        window = self.window
-        if window is not None and not meets_input:
-            window = Window(window.kernel, (1,) * window.rank)
-        return Emitter(self.store, self.tape, f"{self.name}.{name}", self.dtype, window)
+    def part(self, name: str) -> Emitter:
+        """The emitter of a factor, whose name gets a suffix."""
+        return Emitter(self.store, self.tape, f"{self.name}.{name}", self.dtype, self.window)
 
     def needs(self, opset: int, what: str) -> None:
         """Raises:
@@ -145,7 +174,8 @@ class Emitter:
 
     def op(self, op_type: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> ir.Value:
         """Appends an operator and returns its output."""
-        return self.tape.op(op_type, inputs, ir.convenience.convert_attributes(attributes))
+        domain = attributes.pop("domain", "")
+        return self.tape.op(op_type, inputs, ir.convenience.convert_attributes(attributes), domain=domain)
 
     # -- stored tensors --------------------------------------------------------------------
 
@@ -156,6 +186,11 @@ class Emitter:
     def floats(self, tensor: Tensor, part: str = "") -> ir.Value:
         """A stored tensor in the type of the site's values."""
         return self.cast(self.tensor(tensor, part), tensor.dtype, self.dtype)
+
+    def kept(self, key: Tensor, content: Tensor, part: str = "") -> ir.Value:
+        """``content``, which is made of ``key``: stored once for all that hold ``key``."""
+        name = f"{self.name}.{part}" if part else self.name
+        return self.store.made(self.tape, key, content, name)
 
     def indices(self, tensor: Tensor, part: str = "indices") -> ir.Value:
         """Stored indices, in a type that ONNX takes for one."""
@@ -181,7 +216,7 @@ class Emitter:
 
     def strided(self, source: ir.Value) -> ir.Value:
         """The source at the positions that the window keeps."""
-        if self.window is None or all(step == 1 for step in self.window.strides):
+        if self.window is None or not self.window.strided:
             return source
         self.needs(10, "strides without a product")
         rank = self.window.rank
@@ -199,5 +234,15 @@ class Emitter:
             matrix = self.op("Transpose", [matrix], perm=[1, 0])
         if self.window is None:
             return self.op("MatMul", [source, matrix])
-        kernel = self.op("Reshape", [matrix, self.shape(*shape, *self.window.kernel)])
-        return self.op("Conv", [source, kernel], strides=self.window.strides)
+        channels = shape[1] // self.window.places
+        return self.conv(source, self.op("Reshape", [matrix, self.shape(shape[0], channels, *self.window.kernel)]))
+
+    def conv(self, source: ir.Value, kernel: ir.Value) -> ir.Value:
+        """A convolution under the window; what is the default is not written."""
+        window = self.window
+        if window is None:
+            raise UnsupportedError("a convolution needs a window", where=self.name)
+        more = {"pads": window.pads} if any(window.pads) else {}
+        if any(step != 1 for step in window.dilations):
+            more["dilations"] = window.dilations
+        return self.op("Conv", [source, kernel], strides=window.strides, **more)

@@ -20,6 +20,7 @@ from lrcompile.linop import (
     Dense,
     Diagonal,
     Identity,
+    Kron,
     LinearOperator,
     Product,
     Quantized,
@@ -36,8 +37,8 @@ from lrcompile.linop import (
 def _dense(emitter: Emitter, op: Dense, source: ir.Value) -> ir.Value:
     if emitter.window is None:
         return emitter.op("MatMul", [source, emitter.floats(op.weight.mT)])
-    kernel = op.weight[(..., *[None] * emitter.window.rank)]
-    return emitter.op("Conv", [source, emitter.floats(kernel)], strides=emitter.window.strides)
+    kernel = op.weight.unflatten(-1, (-1, *emitter.window.kernel))
+    return emitter.conv(source, emitter.floats(kernel))
 
 
 def _identity(emitter: Emitter, op: Identity, source: ir.Value) -> ir.Value:
@@ -53,8 +54,27 @@ def _select(emitter: Emitter, op: Select, source: ir.Value) -> ir.Value:
 
 
 def _product(emitter: Emitter, op: Product, source: ir.Value) -> ir.Value:
-    inner = emitter.part("right").apply(op.right, source)
-    return emitter.part("left", meets_input=False).apply(op.left, inner)
+    return emitter.through(op, source)[0]
+
+
+def _kron(emitter: Emitter, op: Kron, source: ir.Value) -> ir.Value:
+    """One factor after the other, each on an axis of its own."""
+    emitter.needs(10, "Kronecker products")
+    (_, slow), (_, fast) = op.left.shape, op.right.shape
+    out, source = op.shape[0], emitter.strided(source)
+    plain, size = emitter.under(None), emitter.op("Shape", [source])
+    if emitter.window is None:
+        value = emitter.op("Reshape", [source, emitter.shape(-1, slow, fast)])
+        value = emitter.op("Transpose", [plain.part("right").apply(op.right, value)], perm=[0, 2, 1])
+        value = emitter.op("Transpose", [plain.part("left").apply(op.left, value)], perm=[0, 2, 1])
+        rest = emitter.op("Slice", [size, emitter.shape(0), emitter.shape(-1)])
+        return emitter.op("Reshape", [value, emitter.op("Concat", [rest, emitter.shape(out)], axis=0)])
+    value = emitter.op("Reshape", [source, emitter.shape(0, slow, fast, -1)])
+    value = emitter.op("Transpose", [value], perm=[0, 1, 3, 2])
+    value = emitter.op("Transpose", [plain.part("right").apply(op.right, value)], perm=[0, 3, 2, 1])
+    value = emitter.op("Transpose", [plain.part("left").apply(op.left, value)], perm=[0, 3, 1, 2])
+    spatial = emitter.op("Slice", [size, emitter.shape(2), emitter.shape(2**62)])
+    return emitter.op("Reshape", [value, emitter.op("Concat", [emitter.shape(0, out), spatial], axis=0)])
 
 
 def _sum(emitter: Emitter, op: Sum, source: ir.Value) -> ir.Value:
@@ -157,6 +177,32 @@ def _block_sparse_matrix(emitter: Emitter, op: BlockSparse) -> ir.Value:
     return emitter.op("Reshape", [emitter.op("Transpose", [scattered], perm=[0, 2, 1, 3]), emitter.shape(*op.shape)])
 
 
+def _quantized(emitter: Emitter, op: Quantized, source: ir.Value) -> ir.Value:
+    """Codes in blocks stay packed where the model has such nodes already, else DequantizeLinear unpacks them."""
+    block = op.group
+    fits = op.bits in (2, 4, 8) and block >= 16 and not block & (block - 1) and op.codes.dtype == torch.uint8
+    if not (emitter.store.blocks and emitter.window is None and fits and op.zero is not None):
+        return _computed(emitter, op, source)
+    if emitter.dtype not in (torch.float32, torch.float16):
+        return _computed(emitter, op, source)
+    (rows, columns), blocks = op.shape, op.scale.shape[1]
+    codes = torch.nn.functional.pad(op.codes, (0, blocks * block - columns))
+    packed = _packed_bytes(codes, op.bits).reshape(rows, blocks, block * op.bits // 8)
+    zeros = _packed_bytes(op.zero, op.bits).flatten()
+    inputs = [source, emitter.kept(op.codes, packed), emitter.floats(op.scale.flatten(), "scale")]
+    inputs.append(emitter.kept(op.zero, zeros, "zero"))
+    sizes = {"K": columns, "N": rows, "bits": op.bits, "block_size": block}
+    return emitter.op("MatMulNBits", inputs, domain="com.microsoft", **sizes)
+
+
+def _packed_bytes(codes: Tensor, bits: int) -> Tensor:
+    """Rows of codes as rows of bytes, the low bits first; the last byte is filled up with zeros."""
+    share = 8 // bits
+    filled = torch.nn.functional.pad(codes, (0, -codes.shape[1] % share)).unflatten(-1, (-1, share))
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    return (filled << shifts).sum(-1, dtype=torch.uint8)
+
+
 def _quantized_matrix(emitter: Emitter, op: Quantized) -> ir.Value:
     """DequantizeLinear, from opset 13 on per row and from opset 21 on in groups; plain arithmetic before."""
     grouped = op.scale.shape[1] > 1
@@ -202,13 +248,14 @@ RULES: dict[type[LinearOperator], Callable[..., ir.Value]] = {
     Diagonal: _diagonal,
     Select: _select,
     Product: _product,
+    Kron: _kron,
     Sum: _sum,
     Stack: _stack,
     Scaled: _scaled,
     Choose: _choose,
     SemiSparse: _computed,
     BlockSparse: _computed,
-    Quantized: _computed,
+    Quantized: _quantized,
     Transposed: _transposed,
 }
 

@@ -14,7 +14,7 @@ from lrcompile.files import AtomicSet
 from lrcompile.graphs.base import Graph, Inputs, Outputs, Replacement
 from lrcompile.graphs.onnx.counting import macs
 from lrcompile.graphs.onnx.graph import OnnxGraph
-from lrcompile.graphs.onnx.raising import Match, path_dtype
+from lrcompile.graphs.onnx.match import Match, path_dtype
 from lrcompile.graphs.onnx.save import write
 from lrcompile.graphs.onnx.session import FileSession, Session, has_bfloat16
 from lrcompile.graphs.onnx.splice import Splicer, Tape, add_bias
@@ -95,10 +95,12 @@ def lower(graph: OnnxGraph) -> ir.Model:
     if not graph.replacements:
         return model
     splicer = Splicer(graph.model.graph, model.graph)
-    store = Store(RULES, graph.opset or 0)
+    blocks = any(node.domain == "com.microsoft" and node.op_type == "MatMulNBits" for node in model.graph)
+    store = Store(RULES, graph.opset or 0, blocks)
     for name, replacement in graph.replacements.items():
         for match in graph.matches(name):
             _lower_site(splicer, store, name, match, replacement)
+    splicer.inline_biases()
     model.graph.sort()
     splicer.drop_unused()
     return model
@@ -110,9 +112,9 @@ def _lower_site(splicer: Splicer, store: Store, name: str, match: Match, replace
             key = (source, "columns")
             source = store.once(key, lambda: tape.op("Transpose", [source], [ir.AttrInt64s("perm", [1, 0])]))
         result = Emitter(store, tape, name, path_dtype(match), match.window).apply(replacement.operator, source)
-        shift = replacement.shift if match.adder is None else None
-        return add_bias(tape, match, result, shift, splicer)
+        return add_bias(tape, match, result, shift if match.adder is None else None, splicer)
 
+    shift = splicer.shift(match, replacement.shift)
     splicer.replace(match, emit, name)
-    if match.adder is not None and replacement.shift is not None:
-        splicer.shift_adder(match, replacement.shift, name)
+    if match.adder is not None and shift is not None:
+        splicer.shift_adder(match, shift, name)

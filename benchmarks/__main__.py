@@ -1,16 +1,16 @@
-"""``python -m benchmarks [minilm] [startup]``: runs measurements and writes ``benchmarks/results/NAME.md``."""
+"""``python -m benchmarks [NAME …]``: runs measurements and writes ``benchmarks/results/NAME.md``."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-NAMES = ("startup", "minilm")
+NAMES = ("startup", "raising", "conformance", "minilm", "smollm2")
 
 
 def main() -> None:
     """Runs the named measurements, or all of them."""
-    wanted = sys.argv[1:] or list(NAMES)
+    wanted = [name for name in sys.argv[1:] if not name.endswith(".onnx")] or list(NAMES)
     for name in wanted:
         if name not in NAMES:
             raise SystemExit(f"unknown benchmark '{name}'; known: {', '.join(NAMES)}")

@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lrcompile import LowRank
+from lrcompile.backends.onnxruntime import OnnxRuntime
+from lrcompile.data import Batches
+from lrcompile.files import AtomicSet
+from lrcompile.graphs.onnx.graph import OnnxGraph
+from lrcompile.planning import Settings, statistics
+from lrcompile.progress import Progress
 from lrcompile.report import machine, versions
+from lrcompile.rewrite import Context
 
 RESULTS = Path(__file__).parent / "results"
 WORK = Path(".cache") / "benchmarks"
@@ -66,6 +74,20 @@ def _resident(pid: int) -> int:
 
 def _high(pid: int) -> int:
     return _field(pid, "VmHWM")
+
+
+def uniform(dense: Path, each: LowRank, keep: float, data: Batches, settings: Settings, out: Path) -> Path:
+    """Writes the model with each site at the largest rank that keeps at most ``keep`` of its values: what papers do."""
+    graph = OnnxGraph.load(dense)
+    sites = [site for site in graph.linear_sites() if not site.frozen]
+    context = Context(graph, statistics(graph, sites, data.check(graph.input_specs), settings, Progress()))
+    for site in sites:
+        whole = site.shape[0] * site.shape[1]
+        chosen = [p for p in each.proposals(site, context) if p.cost.parameters <= keep * whole][-1].by[site.name]
+        graph.replace(site, chosen.operator, chosen.shift)
+    with AtomicSet(out, force=True) as files:
+        OnnxRuntime().build(graph, out=files)
+    return files.target
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

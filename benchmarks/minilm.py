@@ -9,16 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import WORK, Child, run, table, write
+from benchmarks.common import WORK, Child, run, table, uniform, write
 from lrcompile import Budget, LowRank, Options, measure, optimize
-from lrcompile.backends.onnxruntime import OnnxRuntime
 from lrcompile.data import Batches
-from lrcompile.files import AtomicSet, sha256
+from lrcompile.files import sha256
 from lrcompile.graphs.onnx.graph import OnnxGraph
 from lrcompile.graphs.onnx.session import FileSession
-from lrcompile.planning import Settings, statistics
-from lrcompile.progress import Progress
-from lrcompile.rewrite import Context
+from lrcompile.planning import Settings
 from lrcompile.zoo import exported, minilm
 
 KEEPS = (0.8, 0.6)
@@ -83,26 +80,12 @@ def _optimized(dense: Path, calibration: Path, evaluation: Path, keep: float) ->
 def _baselines(dense: Path, keep: float) -> list[Row]:
     """Plain and whitened factors of uniform ranks, by the same code."""
     rows = []
+    data, settings = Batches(minilm.calibration()), Settings(cache=WORK / "cache")
     for metric in ("plain", "whitened"):
-        each = LowRank(metric=metric, center=False)
-        rows.append(Row(f"{metric} SVD, uniform ranks", _uniform(dense, each, keep, metric), keep))
+        each = LowRank(metric=metric, center=False, two_sided=False, gauge=False)
+        out = uniform(dense, each, keep, data, settings, WORK / f"minilm-{metric}-{keep}.onnx")
+        rows.append(Row(f"{metric} SVD, uniform ranks", out, keep))
     return rows
-
-
-def _uniform(dense: Path, each: LowRank, keep: float, name: str) -> Path:
-    graph = OnnxGraph.load(dense)
-    sites = list(graph.linear_sites())
-    data = Batches(minilm.calibration()).check(graph.input_specs)
-    settings = Settings(cache=WORK / "cache")
-    context = Context(graph, statistics(graph, sites, data, settings, Progress()))
-    for site in sites:
-        whole = site.shape[0] * site.shape[1]
-        fitting = [p for p in each.proposals(site, context) if p.cost.parameters <= keep * whole]
-        chosen = fitting[-1].by[site.name]
-        graph.replace(site, chosen.operator, chosen.shift)
-    with AtomicSet(WORK / f"minilm-{name}-{keep}.onnx", force=True) as files:
-        OnnxRuntime().build(graph, out=files)
-    return files.target
 
 
 def _feeds(samples: int, tokens: int) -> Path:

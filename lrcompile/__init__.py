@@ -15,6 +15,8 @@ _FACE = {
     "plan": "lrcompile.api",
     "save": "lrcompile.artifact",
     "load": "lrcompile.artifact",
+    "refresh": "lrcompile.plans_state",
+    "Plan": "lrcompile.plans",
     "Pipeline": "lrcompile.pipeline",
     "Result": "lrcompile.pipeline",
     "Options": "lrcompile.options",
@@ -22,6 +24,7 @@ _FACE = {
     "Budget": "lrcompile.budget",
     "Batches": "lrcompile.data",
     "GraphPass": "lrcompile.rewrite",
+    "NodeRewrite": "lrcompile.node_rewrite",
     "LinearPass": "lrcompile.rewrite",
     "Proposal": "lrcompile.rewrite",
     "Context": "lrcompile.rewrite",
@@ -48,8 +51,10 @@ __all__ = [
     "LinearSite",
     "LowRank",
     "LrcompileError",
+    "NodeRewrite",
     "Options",
     "Pipeline",
+    "Plan",
     "Product",
     "Proposal",
     "Result",
@@ -62,6 +67,7 @@ __all__ = [
     "low_rank",
     "optimize",
     "plan",
+    "refresh",
     "save",
 ]
 
@@ -72,10 +78,13 @@ if TYPE_CHECKING:
     from lrcompile.data import Batches
     from lrcompile.errors import LrcompileError
     from lrcompile.linop import Dense, LinearOperator, Product, Sum, apply, densify, low_rank
+    from lrcompile.node_rewrite import NodeRewrite
     from lrcompile.options import Options
     from lrcompile.passes.low_rank import LowRank
     from lrcompile.pipeline import Pipeline, Result
     from lrcompile.planning import Settings
+    from lrcompile.plans import Plan
+    from lrcompile.plans_state import refresh
     from lrcompile.rewrite import Context, GraphPass, LinearPass, Proposal
     from lrcompile.sites import LinearSite
 

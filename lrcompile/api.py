@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from lrcompile.budget import Budget
-from lrcompile.choices import Planned
 from lrcompile.options import Options
 from lrcompile.pipeline import Pipeline, Result
+from lrcompile.plans import Plan
+from lrcompile.plans_make import make
 from lrcompile.progress import Progress
 from lrcompile.registry import load
-from lrcompile.report import Report
 from lrcompile.rewrite import Pass
 
 
@@ -54,15 +54,26 @@ def plan(
     budget: Budget,
     *,
     calibration: Any = None,
+    evaluation: Any = None,
     passes: Sequence[Pass] | None = None,
     options: Options | None = None,
-) -> tuple[Planned, Report]:
-    """What :func:`optimize` would choose, with its report; nothing is changed.
+    tell: Progress | None = None,
+) -> Plan:
+    """What :func:`optimize` would choose, as an object that is saved, loaded, and given to ``torch.compile``.
+
+    ``torch.compile(model, backend="lrcompile", options={"plan": plan})`` computes with the plan's factors;
+    the model itself is never changed.
+
+    Args:
+        evaluation: inputs that calibration does not see; the drift of the planned model is measured on
+            them and has to pass the gate. Without them the plan is stamped unverified.
 
     Raises:
-        As for :func:`optimize`, without the gate.
+        GateError: the outputs drift too far on the evaluation data.
+        InfeasibleError: the budget cannot be met.
+        InvalidInputError, UnsupportedError, UsageError: the model, the data or the call.
     """
-    return Pipeline(_passes(passes, budget), budget, options or Options()).plan(model, calibration)
+    return make(model, _passes(passes, budget), budget, options or Options(), calibration, evaluation, tell)
 
 
 def _passes(passes: Sequence[Pass] | None, budget: Budget) -> Sequence[Pass]:

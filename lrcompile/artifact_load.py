@@ -13,6 +13,7 @@ from lrcompile.graphs.module_sites import Reader, kind_of
 from lrcompile.graphs.module_store import named_tensors
 from lrcompile.graphs.structured import Change, Pool, install
 from lrcompile.linop import BlockSparse, Choose, LinearOperator, Select, SemiSparse, children, rebuild
+from lrcompile.windows import unfit
 
 EXTRA = "program."
 
@@ -76,6 +77,9 @@ def _install(root: nn.Module, entry: dict[str, Any], held: dict[str, Tensor], po
     reader = Reader(path, old, entry["kind"])
     if list(reader.strides) != entry["stride"]:
         raise InvalidInputError(f"stride {entry['stride']}, the model has {list(reader.strides)}", where=path)
+    reason = unfit(operator, reader.window)
+    if reason:
+        raise InvalidInputError(reason, where=path)
     bias = None if entry["bias"] is None else nn.Parameter(_tensor(held, entry["bias"]), entry["trainable"])
     if bias is not None and bias.shape != operator.shape[:1]:
         raise InvalidInputError(f"a bias of shape {tuple(bias.shape)}", where=path)
@@ -98,7 +102,7 @@ def _shape(module: nn.Module, kind: str) -> tuple[int, ...]:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return ()
-    rows, columns, *_ = (*weight.shape, 0, 0)
+    rows, columns = weight.flatten(1).shape if weight.ndim > 1 else (len(weight), 0)
     return (columns, rows) if kind == "Conv1D" else (rows, columns)
 
 

@@ -31,6 +31,7 @@ class Moments:
         absmax: ``max |x|``, (n,).
         tokens: number of vectors that went in.
         samples: number of calibration samples that they came from.
+        seen: number of vectors that the site multiplied, where not all went in.
     """
 
     _gram: Tensor
@@ -39,6 +40,7 @@ class Moments:
     absmax: Tensor
     tokens: int = 0
     samples: int = 0
+    seen: int = 0
     _half: bool = False  # only the lower triangle of the Gram matrix is up to date
 
     @property
@@ -102,7 +104,13 @@ class Moments:
             torch.maximum(self.absmax, other.absmax),
             self.tokens + other.tokens,
             self.samples + other.samples,
+            self.multiplied + other.multiplied,
         )
+
+    @property
+    def multiplied(self) -> int:
+        """Number of vectors that the site multiplied."""
+        return self.seen or self.tokens
 
     def second(self) -> Tensor:
         """``E[x xᵀ]``, (n, n) float64."""
@@ -119,7 +127,7 @@ class Moments:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything as tensors, for storage."""
-        counts = torch.tensor([self.tokens, self.samples])
+        counts = torch.tensor([self.tokens, self.samples, self.seen])
         return {
             "gram": self.gram,
             "total": self.total,
@@ -131,9 +139,9 @@ class Moments:
     @classmethod
     def from_tensors(cls, stored: Mapping[str, Tensor]) -> Moments:
         """The inverse of :meth:`tensors`."""
-        tokens, samples = (int(count) for count in stored["counts"])
+        tokens, samples, seen = (int(count) for count in stored["counts"])
         vectors = (stored[name].contiguous() for name in ("total", "absolute", "absmax"))
-        return cls(stored["gram"], *vectors, tokens=tokens, samples=samples)
+        return cls(stored["gram"], *vectors, tokens=tokens, samples=samples, seen=seen)
 
 
 def token_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
@@ -168,8 +176,11 @@ class Collector:
         self._buffers: dict[str, Tensor] = {}
         self._waiting: dict[str, int] = {}
 
-    def add(self, name: str, rows: Tensor, samples: int) -> None:
+    def add(self, name: str, rows: Tensor, samples: int, seen: int | None = None) -> None:
         """Adds vectors (tokens, n) of the value ``name``.
+
+        Args:
+            seen: how many there were to choose from; all are given by default.
 
         Raises:
             InvalidInputError: NaN or infinity; the error names the value.
@@ -179,6 +190,7 @@ class Collector:
             self._buffers[name] = torch.empty(TOGETHER, rows.shape[-1])
             self._waiting[name] = 0
         self._moments[name].samples += samples
+        self._moments[name].seen += len(rows) if seen is None else seen
         for part in rows.split(TOGETHER):
             if self._waiting[name] + len(part) > TOGETHER:
                 self._flush(name)

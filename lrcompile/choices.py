@@ -12,9 +12,10 @@ from lrcompile.budget import COSTS, Budget, Unit, allocate, quantity
 from lrcompile.curves import Curve
 from lrcompile.errors import InfeasibleError
 from lrcompile.graphs.base import Graph
-from lrcompile.linop import Cost, cost
+from lrcompile.linop import Cost
 from lrcompile.rewrite import Context, Proposal
 from lrcompile.sites import LinearSite
+from lrcompile.windows import site_cost
 
 
 class Pricing(Protocol):
@@ -243,11 +244,6 @@ class Allocation:
 def _row(cost: Cost, count: float, latency: float = 0.0) -> tuple[float, float, float, float]:
     """Costs in the order of :data:`lrcompile.budget.COSTS`."""
     return cost.parameters, cost.nbytes, cost.macs * count, latency
-
-
-def site_cost(site: LinearSite) -> Cost:
-    """Cost of what a site holds, with all of its uses."""
-    return cost([(index, site.operator) for index in range(len(site.uses))])
 
 
 def came_cost(graph: Graph, site: LinearSite) -> Cost:

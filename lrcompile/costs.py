@@ -28,23 +28,26 @@ _HINT = "make it anew with `lrcompile profile MODEL --emit kit/`, and run the ki
 class Shape(NamedTuple):
     """A product: ``tokens`` vectors of ``into`` channels times a weight (out, into).
 
-    ``strides`` are those of a convolution, empty for a matrix product.
+    ``window`` is a convolution's kernel, strides, pads and dilations; empty for a matrix product. ``into`` then
+    counts channels times places of the kernel, and ``tokens`` output positions.
     """
 
     out: int
     into: int
     tokens: int
     dtype: str = "float32"
-    strides: tuple[int, ...] = ()
+    window: tuple[tuple[int, ...], ...] = ()
 
     def __str__(self) -> str:
-        convolution = f", convolution of strides {'x'.join(map(str, self.strides))}" if self.strides else ""
+        parts = zip(("kernel", "strides", "pads", "dilations"), self.window, strict=False)
+        said = " ".join(f"{name} {'x'.join(map(str, sizes))}" for name, sizes in parts)
+        convolution = f", convolution of {said}" if said else ""
         return f"{self.out}×{self.into} {self.dtype} at {self.tokens} tokens{convolution}"
 
 
 def described(shape: Shape) -> dict[str, Any]:
     """A shape as JSON."""
-    return {**shape._asdict(), "strides": list(shape.strides)}
+    return {**shape._asdict(), "window": [list(sizes) for sizes in shape.window]}
 
 
 class Point(NamedTuple):
@@ -231,8 +234,8 @@ def _table(found: Mapping[str, Any]) -> CostTable:
 
 
 def _shape(each: Mapping[str, Any]) -> Shape:
-    strides = tuple(map(int, each["strides"]))
-    return Shape(int(each["out"]), int(each["into"]), int(each["tokens"]), str(each["dtype"]), strides)
+    window = tuple(tuple(map(int, sizes)) for sizes in each["window"])
+    return Shape(int(each["out"]), int(each["into"]), int(each["tokens"]), str(each["dtype"]), window)
 
 
 def _anchor(found: Mapping[str, Any]) -> Anchor:

@@ -7,6 +7,8 @@ line prints ``message``, ``where`` and ``hint`` on one line each and exits with 
 from __future__ import annotations
 
 import difflib
+import warnings
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -38,6 +40,14 @@ class UsageError(LrcompileError):
     """Unknown option, key, pass or extra; an output that exists already."""
 
     code = 2
+
+
+class PlanRequired(UsageError):
+    """``torch.compile`` showed the backend only a part of the model, and a budget is never split over parts."""
+
+
+class ReleasedError(LrcompileError):
+    """The dense values of a weight were given back; only its factors are left."""
 
 
 class InvalidInputError(LrcompileError):
@@ -78,6 +88,21 @@ class ResourceError(LrcompileError):
     """Out of memory, out of disk, or out of time."""
 
     code = 7
+
+
+class LrcompileWarning(UserWarning):
+    """The result is right, but not what the user may expect; the text says what to do."""
+
+
+_said: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+
+
+def warn_once(owner: object, message: str, *, key: str = "") -> None:
+    """A warning that comes once for each ``owner`` and ``key`` (by default the message)."""
+    said = _said.setdefault(owner, set())
+    if (key or message) not in said:
+        said.add(key or message)
+        warnings.warn(message, LrcompileWarning, stacklevel=2)
 
 
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "bad allocation", "Failed to allocate memory")

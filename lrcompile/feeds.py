@@ -64,8 +64,11 @@ def feeds(
 
 def first(graph: Graph, batches: Batches, samples: int | None) -> dict[str, np.ndarray]:
     """The first samples of checked batches; a fixed batch stays whole."""
-    batch = next(iter(batches.cut(samples or 8)))
     fixed = any(isinstance(spec.shape[0], int) for spec in graph.input_specs if spec.shape)
+    view = batches.cut(samples or 8)
+    if not fixed:
+        view.batch = samples or 8
+    batch = next(iter(view))
     return {name: array if fixed or not array.ndim else array[: samples or 8] for name, array in batch.items()}
 
 

@@ -91,7 +91,7 @@ class Options:
             "data-free": self.data_free,
             "force-growth": self.force_growth,
             "latency-check": self.latency,
-            "probes": self.settings.probes,
+            **({} if self.settings.probes is None else {"probes": self.settings.probes}),
             "seed": self.settings.seed,
         }
 

@@ -6,6 +6,7 @@ and the outputs of the *built artefact* stay close on inputs that calibration di
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -22,6 +23,7 @@ from lrcompile.errors import GateError, InfeasibleError, LrcompileError, UsageEr
 from lrcompile.files import AtomicSet, made_folder
 from lrcompile.graphs.base import Graph
 from lrcompile.lowering import Runnable
+from lrcompile.node_rewrite import NodeRewrite
 from lrcompile.options import Options
 from lrcompile.progress import Progress
 from lrcompile.registry import EXACT, backend_for, load
@@ -42,12 +44,14 @@ class Result:
         built: the artefact, ready to run.
         report: what was decided and measured.
         path: where it was published, if it was.
+        planned: what the allocator chose, where there was a limit.
     """
 
     graph: Graph
     built: Runnable
     report: record.Report
     path: Path | None = None
+    planned: Planned | None = None
 
     @property
     def model(self) -> Any:
@@ -171,15 +175,18 @@ class Pipeline:
 
     def _prepare(self, graph: Graph, calibration: Any, evaluation: Any, tell: Progress | None, verb: str) -> stages.Run:
         data, held = stages.samples(graph, calibration, evaluation, needs_held=verb == "optimize")
-        if self.budget.limited and data is None and not self.options.data_free:
+        if self._lossy and data is None and not self.options.data_free:
+            what = "a lossy budget" if self.budget.limited else "a pass that is not exact"
             raise UsageError(
-                "a lossy budget needs calibration data",
+                f"{what} needs calibration data",
                 hint="give --calib samples.npz, or --data-free to go without (the result is stamped uncalibrated)",
             )
+        if self.options.costs is not None and self.budget.latency is None:
+            raise UsageError("--costs is of use with --latency only", hint="give --latency 0.8")
         report = stages.new_report(verb, self.options, self.budget)
         run = stages.Run(graph, backend_for(graph), self.options, report, tell or Progress(), data, held)
         stages.describe_before(run)
-        stages.describe_calibration(run, lossy=self.budget.limited)
+        stages.describe_calibration(run, lossy=self._lossy)
         run.report.config = self._config(calibration, evaluation)
         return run
 
@@ -190,11 +197,19 @@ class Pipeline:
         limits = {name: value for name, value in vars(self.budget).items() if value is not None}
         return {"pass": [str(each) for each in self.passes], **limits, **given, **self.options.config(self.budget)}
 
+    @property
+    def _lossy(self) -> bool:
+        return self.budget.limited or any(isinstance(each, GraphPass) and not each.exact for each in self.passes)
+
     def _exact(self, run: stages.Run) -> int:
+        """Graph passes in their order; those that rewrite nodes come before ours that rewrite weights."""
         ours = [load("passes", name)() for name in EXACT] if self.exact else []
-        given = [each for each in self.passes if isinstance(each, GraphPass)]
+        nodes = [each for each in self.passes if isinstance(each, NodeRewrite)]
+        given = [each for each in self.passes if isinstance(each, GraphPass) and each not in nodes]
         context = Context(run.graph, align=run.backend.align, seed=self.options.settings.seed)
-        return stages.apply_exact(run, [*ours, *given], context)
+        # a metric of the user's own judges at the gate only
+        limit = self.options.limit(self.budget) if self.options.metric is None else math.inf
+        return stages.apply_exact(run, [*nodes, *ours, *given], context, limit)
 
     def _seeker(self, run: stages.Run, planned: Planned) -> Seeker:
         return Seeker(run, self.options.limit(self.budget), planned.predicted)
@@ -222,7 +237,7 @@ class Pipeline:
             outcome.conclude(run)
             report.status = "unchanged"
             report.seconds = time.monotonic() - start
-            return Result(run.graph, built, report)
+            return Result(run.graph, built, report, planned=run.planned)
         source = getattr(run.graph, "path", None)
         target = outcome.target_of(run.graph, out)
         files = AtomicSet(target, inputs=[source] if source else [], force=self.options.force) if target else None
@@ -239,7 +254,7 @@ class Pipeline:
             if files is not None:
                 outcome.write_reports(run, files)
             built.release()
-        return Result(run.graph, built, report, target)
+        return Result(run.graph, built, report, target, run.planned)
 
     def _check_limits(self, run: stages.Run, built: Runnable, files: AtomicSet | None) -> None:
         room = outcome.missing(run, built, files, self.budget)

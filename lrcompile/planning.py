@@ -17,10 +17,10 @@ import numpy as np
 from lrcompile import cache
 from lrcompile.budget import Budget, quantity
 from lrcompile.calibrate import Moments
-from lrcompile.choices import Allocation, Choice, Offer, Planned, Pricing, left_out, site_cost
-from lrcompile.curves import Curve, measured
+from lrcompile.choices import Allocation, Choice, Offer, Planned, Pricing, left_out
+from lrcompile.curves import Curve, measured, probe_batches
 from lrcompile.data import Batches
-from lrcompile.errors import UsageError
+from lrcompile.errors import UnsupportedError, UsageError
 from lrcompile.graphs.base import Graph, Inputs
 from lrcompile.linop import Cost
 from lrcompile.memory import release
@@ -28,10 +28,13 @@ from lrcompile.progress import Progress, Watched
 from lrcompile.rewrite import Context, LinearPass, Proposal
 from lrcompile.samples import Thinned, unmasked
 from lrcompile.sites import LinearSite
+from lrcompile.sketch import Importance
+from lrcompile.windows import site_cost
 
 PROBE_KEEP = 0.6
 """Share of a site's values that a probe keeps."""
 PROBE_SAMPLES = 16
+GRADIENT_SAMPLES = 48
 MAX_TOKENS = 2**15
 """Twenty vectors for each channel of a layer of 1,600: beyond it, statistics cost more than they tell."""
 
@@ -42,8 +45,10 @@ class Settings:
 
     Args:
         include, exclude: globs on site names.
-        probes: measure how much each site matters; without, every site's relative error counts alike.
+        probes: measure how much each site matters. None: unless gradients of token logits tell it, where
+            probes of many sites take long and add nothing.
         probe_samples: calibration samples that each probe runs on.
+        gradient_samples: calibration samples that gradients are taken of; 0 for none.
         max_tokens: vectors per site that statistics are taken of; samples are left out evenly beyond it.
         refine: probe every site a second time at the size that it was given, then allocate again.
         memory: bytes that the Gram matrices of one pass over the data may take.
@@ -53,8 +58,9 @@ class Settings:
 
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
-    probes: bool = True
+    probes: bool | None = None
     probe_samples: int = PROBE_SAMPLES
+    gradient_samples: int = GRADIENT_SAMPLES
     max_tokens: int = MAX_TOKENS
     refine: bool = True
     memory: int = 2**30
@@ -94,7 +100,7 @@ def statistics(
     if data is None or not sites:
         return {}
     inputs = ",".join(sorted({site.input for site in sites}))
-    name = cache.key("moments/2", graph.fingerprint(), data.sha256, inputs, str(settings.max_tokens))
+    name = cache.key("moments/3", graph.fingerprint(), data.sha256, inputs, str(settings.max_tokens))
     stored = cache.load(name, settings.cache)
     if stored is not None:
         return cache.unpack(*stored)
@@ -103,6 +109,29 @@ def statistics(
     moments = graph.observe(Watched(thinned, tell), sites, memory=settings.memory)
     cache.store(name, *cache.pack(moments), settings.cache)
     return moments
+
+
+def importance(
+    graph: Graph, sites: Sequence[LinearSite], data: Batches | None, settings: Settings, tell: Progress
+) -> tuple[Importance, list[str]]:
+    """Moments of the outputs' gradients at what the sites give, and what to tell the user where there are none."""
+    if data is None or not sites or not settings.gradient_samples:
+        return Importance({}), []
+    names = ",".join(site.name for site in sites)
+    amounts = f"{settings.gradient_samples} {settings.seed}"
+    name = cache.key("gradients/2", graph.fingerprint(), data.sha256, names, amounts)
+    stored = cache.load(name, settings.cache)
+    if stored is not None:
+        return Importance(cache.unpack(*stored), "tokens" in stored[1]), []
+    batches = probe_batches(data, settings.gradient_samples)
+    tell("differentiating", len(batches))
+    try:
+        found = graph.gradients(Watched(batches, tell), sites, memory=settings.memory, seed=settings.seed)
+    except UnsupportedError as error:
+        return Importance({}), [f"{error.message}: errors at a site's output channels count alike"]
+    tensors, texts = cache.pack(found.moments)
+    cache.store(name, tensors, texts | ({"tokens": ""} if found.tokens else {}), settings.cache)
+    return found, []
 
 
 def plan(
@@ -132,12 +161,14 @@ def plan(
     tell = tell or Progress()
     sites, left = select(graph, settings)
     moments = statistics(graph, sites, data, settings, tell)
-    context = Context(graph, moments, align=settings.align, seed=settings.seed)
     sites, left = _refreeze(graph, sites, left)
+    gradients, told = importance(graph, sites, data, settings, tell)
+    context = Context(graph, moments, align=settings.align, seed=settings.seed, gradients=gradients.moments, notes=told)
     tell("decomposing")
     offers = {site.name: _offers(site, passes, context) for site in sites}
     release(now=True)
-    run = _Planning(graph, sites, offers, context, data, settings, tell)
+    probes = data is not None and (not gradients.tokens if settings.probes is None else settings.probes)
+    run = _Planning(graph, sites, offers, context, data if probes else None, settings, tell)
     came = came or Cost()
     counts = positions(graph, sites, sample)
     prices = None if price is None else price(sites, offers)
@@ -149,7 +180,7 @@ def plan(
             return allocation.choose(curves, reserve)
         return allocation.smallest(curves, (quantity(budget.drift, "drift") or 0.0) ** 2)
 
-    if data is not None and settings.probes and settings.refine:
+    if probes and settings.refine:
         curves = _refined(run, curves, choose())
 
     def settled(choices: list[Choice]) -> Planned:
@@ -170,7 +201,11 @@ def plan(
 
 @dataclass(eq=False)
 class _Planning:
-    """What the steps of a plan share."""
+    """What the steps of a plan share.
+
+    Attributes:
+        data: of the probes; None without any.
+    """
 
     graph: Graph
     sites: Sequence[LinearSite]
@@ -214,11 +249,19 @@ def _offers(site: LinearSite, passes: Sequence[LinearPass], context: Context) ->
 def _first_curves(run: _Planning) -> dict[str, Curve]:
     """Loss of each site's error: measured by probes of one size, else relative to the energy of its output."""
     wanted = [site for site in run.sites if run.offers[site.name].proposals]
-    if run.data is None or not run.settings.probes:
-        return {site.name: Curve(max(run.context.energy(site), 1e-30), 1.0) for site in wanted}
+    if run.data is None:
+        return {site.name: _unprobed(run.context, site) for site in wanted}
     probes = {site.name: _probe(site, run.offers[site.name].proposals) for site in wanted}
     changes = run.measured(probes)
     return {name: Curve(probe.error, changes[name]) for name, probe in probes.items()}
+
+
+def _unprobed(context: Context, site: LinearSite) -> Curve:
+    """With gradients the error is a squared relative change for each token; without, relative to the site's energy."""
+    gradients = context.gradients.get(site.name)
+    if gradients is None or not gradients.samples:
+        return Curve(max(context.energy(site), 1e-30), 1.0)
+    return Curve(1.0, gradients.tokens / gradients.samples)
 
 
 def _refined(run: _Planning, curves: Mapping[str, Curve], choices: Sequence[Choice]) -> dict[str, Curve]:
@@ -240,14 +283,15 @@ def positions(graph: Graph, sites: Sequence[LinearSite], sample: Inputs | None) 
     if sample is None or not sites:
         return {site.name: 1.0 for site in sites}
     found = graph.observe([unmasked(sample)], sites, memory=2**40)
-    return {site.name: found[site.input].tokens / len(site.uses) if site.input in found else 1.0 for site in sites}
+    return {site.name: found[site.input].multiplied / len(site.uses) if site.input in found else 1.0 for site in sites}
 
 
 def _notes(sites: Sequence[LinearSite], context: Context) -> list[str]:
     few = sorted({s.input for s in sites if (m := context.statistics(s)) is not None and m.tokens < m.channels})
     if not few:
-        return []
+        return list(context.notes)
     return [
+        *context.notes,
         f"fewer calibration tokens than channels at {len(few)} inputs ({few[0]}, …): "
-        "moments were shrunk towards their diagonal; more data gives a better result"
+        "moments were shrunk towards their diagonal; more data gives a better result",
     ]

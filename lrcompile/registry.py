@@ -10,6 +10,7 @@ from lrcompile.errors import UsageError, nearest
 
 PASSES = {
     "clean": "lrcompile.passes.clean:Clean",
+    "fold": "lrcompile.passes.fold:Fold",
     "exact-low-rank": "lrcompile.passes.exact_low_rank:ExactLowRank",
     "low-rank": "lrcompile.passes.low_rank:LowRank",
 }
@@ -17,7 +18,7 @@ BACKENDS = {
     "onnxruntime": "lrcompile.backends.onnxruntime:OnnxRuntime",
     "eager": "lrcompile.backends.eager:Eager",
 }
-EXACT = ("clean", "exact-low-rank")
+EXACT = ("clean", "fold", "exact-low-rank")
 """Passes that always run, in this order."""
 
 

@@ -20,8 +20,10 @@ from torch import Tensor
 from lrcompile.calibrate import Moments
 from lrcompile.errors import UsageError, nearest
 from lrcompile.graphs.base import Graph, Replacement
-from lrcompile.linop import Cost, LinearOperator, cost, densify
+from lrcompile.linop import Cost, LinearOperator, densify
 from lrcompile.sites import LinearSite
+from lrcompile.spectrum import importance_matrix
+from lrcompile.windows import site_cost
 
 
 @dataclass(eq=False)
@@ -30,8 +32,8 @@ class Proposal:
 
     Attributes:
         sites: names of the sites that it covers.
-        error: energy of the error at the outputs of its sites, ``E‖(W − Ŵ) x‖²``; what it does to the
-            loss is the driver's to find out.
+        error: energy of the error at the outputs of its sites, as :meth:`Context.error` has it; what it does to
+            the loss is the driver's to find out.
         cost: stored values, bytes, and multiply–accumulates per token of all uses.
         build: makes the replacements.
         label: what it is, for reports (``rank 96``).
@@ -84,6 +86,7 @@ class Context:
     Args:
         graph: the model.
         moments: by :attr:`LinearSite.input`; empty without calibration data.
+        gradients: moments of the outputs' gradients at what a site gives, by its name; empty where not known.
         align: ranks are multiples of this, as the target likes.
         seed: of everything random.
     """
@@ -93,15 +96,21 @@ class Context:
     align: int = 8
     seed: int = 0
     notes: list[str] = field(default_factory=list)
+    gradients: Mapping[str, Moments] = field(default_factory=dict)
 
     def statistics(self, site: LinearSite) -> Moments | None:
         """Moments of what the site reads, or None without calibration data."""
         return self.moments.get(site.input)
 
-    def ranks(self, site: LinearSite) -> list[int]:
-        """Aligned ranks below break-even, the smallest first."""
+    def importance(self, site: LinearSite) -> Tensor | None:
+        """(out, out) float64: what an error at the site's output does to the model's outputs; None where not known."""
+        gradients = self.gradients.get(site.name)
+        return None if gradients is None else importance_matrix(gradients)
+
+    def ranks(self, site: LinearSite, *, gauged: bool = False) -> list[int]:
+        """Aligned ranks below break-even, the smallest first; in the identity gauge every rank is below it."""
         out, into = site.shape
-        limit = (out * into - 1) // (out + into)
+        limit = min(out, into) - 1 if gauged else (out * into - 1) // (out + into)
         return list(range(self.align, limit + 1, self.align))
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -110,29 +119,33 @@ class Context:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     def error(self, site: LinearSite, operator: LinearOperator, shift: Tensor | None = None) -> float:
-        """``E‖(W − Ŵ) x − shift‖²`` over the calibration inputs; without data the squared Frobenius norm."""
+        """``E[eᵀ G e]`` of the error ``e = (W − Ŵ) x − shift`` over the calibration inputs.
+
+        G is :meth:`importance`, or the identity; without data the squared Frobenius norm of ``W − Ŵ``.
+        """
         difference = densify(site.operator).double() - densify(operator).double()
-        moments = self.statistics(site)
-        if moments is None:
-            return float(difference.square().sum())
-        second = (difference.float() @ moments.gram).double() / max(moments.tokens, 1)
-        energy = float((second * difference).sum())
-        if shift is not None:
-            moved = shift.double()
-            energy += float(moved @ moved - 2 * moved @ (difference @ moments.mean()))
-        return max(energy, 0.0)
+        return self._energy(site, difference, shift)
 
     def energy(self, site: LinearSite) -> float:
-        """``E‖W x‖²`` over the calibration inputs; without data the squared Frobenius norm."""
-        weight = densify(site.operator).float()
-        moments = self.statistics(site)
+        """``E[yᵀ G y]`` of the output ``y = W x``; without data the squared Frobenius norm."""
+        return self._energy(site, densify(site.operator).double())
+
+    def _energy(self, site: LinearSite, matrix: Tensor, shift: Tensor | None = None) -> float:
+        moments, outer = self.statistics(site), self.importance(site)
+        weighted = matrix if outer is None else outer @ matrix
         if moments is None:
-            return float(weight.double().square().sum())
-        return float(((weight @ moments.gram).double() * weight).sum()) / max(moments.tokens, 1)
+            return float((matrix * weighted).sum())
+        second = (matrix.float() @ moments.gram).double() / max(moments.tokens, 1)
+        energy = float((second * weighted).sum())
+        if shift is not None:
+            moved = shift.double()
+            against = moved if outer is None else outer @ moved
+            energy += float(against @ moved - 2 * against @ (matrix @ moments.mean()))
+        return max(energy, 0.0)
 
     def price(self, site: LinearSite, operator: LinearOperator) -> Cost:
         """Stored values and bytes once, multiply–accumulates per token for each use."""
-        return cost([(index, operator) for index in range(len(site.uses))])
+        return site_cost(site, operator)
 
 
 class Pass(ABC):

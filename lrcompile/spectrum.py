@@ -1,9 +1,11 @@
 """The best low-rank approximation of a weight in the metric of its inputs.
 
-Minimises ``tr[(Ŵ − W) H (Ŵ − W)ᵀ]`` over matrices of rank r, for every r at once. The optimum is
+Minimises ``tr[G (Ŵ − W) H (Ŵ − W)ᵀ]`` over matrices of rank r, for every r at once; H are the second moments
+of the inputs, G those of the gradients at the outputs (the identity where they are not known). The optimum is
 a projection: of the outputs onto the leading eigenvectors of ``W H Wᵀ`` where the weight is wide
-(no inverse is needed, so a singular H does no harm), of the whitened inputs where it is tall
-(SVD-LLM, arXiv 2403.07378; the projection form is in arXiv 2604.01609).
+(no inverse of H is needed, so a singular one does no harm), of the whitened inputs where it is tall
+(SVD-LLM, arXiv 2403.07378; the projection form is in arXiv 2604.01609; both sides: Kronecker-factored curvature,
+arXiv 1503.05671).
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ class Spectrum:
     tails: Tensor
     basis: Tensor  # (out, k) where wide, (in, k) where tall: eigenvectors in the whitened space
     root: Tensor | None  # lower Cholesky factor of H, or (in,) square roots of a diagonal one
+    outer: Tensor | None = None  # where wide: lower Cholesky factor of G
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """Balanced factors (out, rank), (rank, in) of the best approximation, float64.
@@ -40,29 +43,31 @@ class Spectrum:
         Columns are scaled to equal norm with their rows, and signed so that the entry of largest
         magnitude in each column is positive: equal inputs give equal bytes.
         """
+        return _balanced(*self._pair(rank))
+
+    def _pair(self, rank: int) -> tuple[Tensor, Tensor]:
         weight, basis = self.weight.double(), self.basis[:, :rank].double()
+        if self.outer is not None:
+            left = torch.linalg.solve_triangular(self.outer.T, basis, upper=True)
+            return left, (self.outer @ basis).T @ weight
         if self.root is None:
-            left, right = basis, basis.T @ weight
-        elif self.root.ndim == 1:
-            left, right = (weight * self.root) @ basis, basis.T / self.root
-        else:
-            left = (weight @ self.root) @ basis
-            right = _solve(self.root, basis.T)
-        return _balanced(left, right)
+            return basis, basis.T @ weight
+        if self.root.ndim == 1:
+            return (weight * self.root) @ basis, basis.T / self.root
+        return (weight @ self.root) @ basis, _solve(self.root, basis.T)
 
-    def errors(self, matrix: Tensor) -> Tensor:
-        """Errors of the same approximations in another metric ``matrix`` (in, in): (k + 1,) float64.
+    def errors(self, inner: Tensor, outer: Tensor | None = None) -> Tensor:
+        """Errors of the same approximations in other metrics: (k + 1,) float64.
 
-        The errors add up over the dropped directions, because these diagonalise the weight's energy.
+        Args:
+            inner: (in, in), in the place of H.
+            outer: (out, out), in the place of G.
         """
-        weight, basis = self.weight.double(), self.basis.double()
-        if self.root is None:
-            dropped = basis.T @ weight
-            energies = ((dropped @ matrix) * dropped).sum(1)
-        else:
-            right = basis.T / self.root if self.root.ndim == 1 else _solve(self.root, basis.T)
-            energies = self.energies * ((right @ matrix) * right).sum(1)
-        return _tails(energies.clamp_min(0))
+        left, right = self._pair(len(self.energies))
+        weighted = left if outer is None else outer @ left
+        both = (left.T @ weighted) * (right @ inner @ right.T)  # of the pairs of directions that are dropped together
+        blocks = both.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
+        return torch.cat([blocks, blocks.new_zeros(1)]).clamp_min(0)
 
 
 def _solve(root: Tensor, right: Tensor) -> Tensor:
@@ -110,7 +115,7 @@ def metric_matrix(
     return matrix
 
 
-def sampling_shrink(moments: Moments) -> float:
+def sampling_shrink(moments: Moments, *, center: bool = True) -> float:
     """How far a covariance known from so many tokens should shrink towards its diagonal, 0 to 1.
 
     The share that minimises the expected error of the matrix for normal inputs (Schäfer and Strimmer, 2005)
@@ -119,7 +124,7 @@ def sampling_shrink(moments: Moments) -> float:
     the error on other tokens from a quarter to 40 tokens per channel, and the shrunk tail sums
     predict that error where the unshrunk ones are up to ten times too low.
     """
-    covariance = moments.covariance()
+    covariance = moments.covariance() if center else moments.second()
     diagonal = covariance.diagonal()
     own, joint = float(diagonal.square().sum()), float(covariance.square().sum())
     if joint <= own or not moments.tokens:
@@ -128,16 +133,31 @@ def sampling_shrink(moments: Moments) -> float:
     return dimensions / (dimensions + 0.5 * moments.tokens)
 
 
-def spectrum(weight: Tensor, metric: Tensor | None) -> Spectrum:
-    """Decomposes ``weight`` (out, in) in a metric from :func:`metric_matrix`."""
+def importance_matrix(gradients: Moments, *, damp: float = 1e-3) -> Tensor:
+    """The matrix G, (out, out) float64, from the moments of the gradients at a site's outputs.
+
+    Shrunk towards its diagonal like a covariance of so many tokens, and damped.
+    """
+    matrix = gradients.second()
+    diagonal = matrix.diagonal().clone()
+    matrix *= 1 - sampling_shrink(gradients, center=False)
+    matrix.diagonal().copy_(diagonal + damp * float(diagonal.mean()))
+    return matrix
+
+
+def spectrum(weight: Tensor, metric: Tensor | None, outer: Tensor | None = None) -> Spectrum:
+    """Decomposes ``weight`` (out, in) in a metric from :func:`metric_matrix`, and in ``outer`` (out, out)."""
     wide = weight.double()
     out, into = wide.shape
     if out <= into:
         inner = wide if metric is None else wide @ metric if metric.ndim == 2 else wide * metric
-        return _decompose(weight, inner @ wide.T, None)
+        energy, root = inner @ wide.T, None if outer is None else _root(outer)
+        if root is not None:
+            energy = root.T @ energy @ root
+        return _decompose(weight, energy, None, root)
     root = torch.ones(into, dtype=torch.float64) if metric is None else _root(metric)
     whitened = wide * root if root.ndim == 1 else wide @ root
-    return _decompose(weight, whitened.T @ whitened, root)
+    return _decompose(weight, whitened.T @ (whitened if outer is None else outer @ whitened), root)
 
 
 def _root(metric: Tensor) -> Tensor:
@@ -153,8 +173,8 @@ def _root(metric: Tensor) -> Tensor:
     return metric.diagonal().clamp_min(jitter).sqrt()
 
 
-def _decompose(weight: Tensor, energy: Tensor, root: Tensor | None) -> Spectrum:
+def _decompose(weight: Tensor, energy: Tensor, root: Tensor | None, outer: Tensor | None = None) -> Spectrum:
     values, vectors = torch.linalg.eigh((energy + energy.T) / 2)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     exact = weight.dtype if weight.dtype == torch.float64 else torch.float32  # all bases are held at once
-    return Spectrum(weight, values, _tails(values), vectors.to(exact), root)
+    return Spectrum(weight, values, _tails(values), vectors.to(exact), root, outer)

@@ -123,8 +123,12 @@ def describe_calibration(run: Run, *, lossy: bool) -> None:
 # -- rewriting ---------------------------------------------------------------------------------
 
 
-def apply_exact(run: Run, passes: Sequence[GraphPass], context: Context) -> int:
-    """Applies graph passes one by one; one whose result differs is taken back. Returns the rewrites."""
+def apply_exact(run: Run, passes: Sequence[GraphPass], context: Context, lossy: float | None = None) -> int:
+    """Applies graph passes one by one; one whose result differs is taken back. Returns the rewrites.
+
+    Args:
+        lossy: largest drift of a pass that does not claim to be exact; the gate measures it again.
+    """
     total = 0
     batch = next(iter(run.evaluation)) if run.evaluation is not None else run.sample
     reference = None if batch is None else run.graph.run(batch)
@@ -136,7 +140,9 @@ def apply_exact(run: Run, passes: Sequence[GraphPass], context: Context) -> int:
         outcomes, reason = _applied(each, run.graph, context)
         done = [outcome for outcome in outcomes if isinstance(outcome, Rewritten)]
         if reason is None and (done or run.graph.journal.mark() != mark):  # what a pass does not admit counts too
-            reason = _differs(run, batch, reference)
+            reason, now = _differs(run, batch, reference, None if each.exact else lossy)
+            if reason is None and not each.exact:
+                reference = now  # what follows is measured against it
         if reason is not None:
             run.graph.rollback(mark)
             done = []
@@ -158,20 +164,27 @@ def _applied(each: GraphPass, graph: Graph, context: Context) -> tuple[Sequence[
         return [], f"{type(error).__name__}: {error}"
 
 
-def _differs(run: Run, batch: Inputs | None, reference: Outputs | None) -> str | None:
-    """Why an exact rewrite must be taken back; None where it holds."""
+def _differs(
+    run: Run, batch: Inputs | None, reference: Outputs | None, limit: float | None
+) -> tuple[str | None, Outputs | None]:
+    """Why a rewrite must be taken back, None where it holds; and what the model computes now.
+
+    Args:
+        limit: of the drift; None for rounding.
+    """
     try:
         run.graph.verify()
         built = run.backend.build(run.graph)
         if batch is None or reference is None:
-            return None
+            return None, None
         meter = verify.DriftMeter()
-        meter.add(batch, reference, built.run(batch))
+        found = built.run(batch)
+        meter.add(batch, reference, found)
         if meter.sums:
-            verify.require(meter.result(_rounding(reference)))
+            verify.require(meter.result(_rounding(reference) if limit is None else limit))
     except LrcompileError as error:
-        return str(error)
-    return None
+        return str(error), None
+    return None, found
 
 
 def _rounding(outputs: Outputs) -> float:

@@ -1,4 +1,4 @@
-"""Small real models with their data: ``load("digits_vit")``, ``load("minilm")``.
+"""Small real models with their data: ``load("digits_vit")``, ``load("minilm")``, ``load("smollm2")``.
 
 The registry is lazy: ``names()`` reads nothing, ``load`` imports one model's file, and weights and
 data are read when one of the model's functions is called.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lrcompile.zoo.base import Batch, MissingPackageError, Run, ZooModel, module_run, onnx_run
 
-_MODELS = {"digits_vit": "lrcompile.zoo.digits_vit", "minilm": "lrcompile.zoo.minilm"}
+_MODELS = {name: f"lrcompile.zoo.{name}" for name in ("digits_vit", "minilm", "smollm2")}
 _FACE = ("Batch", "MissingPackageError", "Run", "ZooModel", "module_run", "onnx_run")
 
 __all__ = ["Batch", "MissingPackageError", "Run", "ZooModel", "exported", "load", "module_run", "names", "onnx_run"]

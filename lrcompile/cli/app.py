@@ -59,7 +59,9 @@ Exclude = Annotated[list[str] | None, _option("--exclude", help="no site whose n
 Seed = Annotated[int, _option("--seed", help="seed of everything random")]
 DataFree = Annotated[bool, _option("--data-free", help="allow a lossy budget without calibration data")]
 Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="keep statistics on disk, in $LRCOMPILE_CACHE")]
-Probes = Annotated[bool, _option("--probes/--no-probes", help="measure how much each site matters")]
+Probes = Annotated[
+    bool | None, _option("--probes/--no-probes", help="measure how much each site matters (default: where it helps)")
+]
 Metric = Annotated[
     str | None, _option("--metric", help="package.module:function(reference, candidate), larger is worse")
 ]
@@ -107,7 +109,7 @@ def plan(
     latency_inputs: Timed = None,
     costs: Costs = None,
     cache: Cache = True,
-    probes: Probes = True,
+    probes: Probes = None,
     seed: Seed = 0,
     config: Config = None,
     json: Json = False,
@@ -148,7 +150,7 @@ def optimize(
     latency_inputs: Timed = None,
     costs: Costs = None,
     cache: Cache = True,
-    probes: Probes = True,
+    probes: Probes = None,
     seed: Seed = 0,
     config: Config = None,
     json: Json = False,

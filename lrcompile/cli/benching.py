@@ -81,11 +81,12 @@ def _in_process(
     from lrcompile.graphs.module_time import caller, ready
 
     models = [graph.model for graph in graphs if isinstance(graph, ModuleGraph)]
+    for graph in graphs:
+        graph.run(inputs)  # says what is wrong with the inputs
     with ready(models, threads) if models else nullcontext():
         calls: list[Callable[[], object]] = []
         for graph in graphs:
             if isinstance(graph, ModuleGraph):
-                graph.run(inputs)  # says what is wrong with the inputs
                 calls.append(caller(graph.model, inputs))
             else:
                 calls.append(_file_caller(graph, inputs, threads))

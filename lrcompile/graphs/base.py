@@ -14,6 +14,7 @@ from lrcompile.calibrate import Moments
 from lrcompile.data import InputSpec
 from lrcompile.linop import LinearOperator
 from lrcompile.sites import LinearSite
+from lrcompile.sketch import Importance
 
 Inputs = Mapping[str, np.ndarray]
 Outputs = dict[str, np.ndarray]
@@ -78,6 +79,16 @@ class Graph(Protocol):
         """Change of the outputs when each site alone is replaced.
 
         Returns for every site name the squared relative L2 change, summed over float outputs.
+        """
+        ...
+
+    def gradients(
+        self, batches: Iterable[Inputs], sites: Sequence[LinearSite], *, memory: int, seed: int
+    ) -> Importance:
+        """Moments of the outputs' gradients at what the sites give, by site name; see :mod:`lrcompile.sketch`.
+
+        Raises:
+            UnsupportedError: the model cannot be differentiated; the reason is named.
         """
         ...
 

@@ -20,14 +20,16 @@ from torch import Tensor, nn
 from lrcompile.calibrate import Moments
 from lrcompile.data import InputSpec
 from lrcompile.errors import GateError, UsageError
-from lrcompile.graphs import module_observe, module_store
+from lrcompile.graphs import module_gradients, module_observe, module_store
 from lrcompile.graphs.base import Inputs, Journal, Outputs, Replacement
 from lrcompile.graphs.module_run import call, few, input_specs, macs, run
 from lrcompile.graphs.module_sites import Found, check_finite, find, share
 from lrcompile.graphs.module_trace import Trace, trace
 from lrcompile.graphs.structured import Change, Pool, install, shifted
 from lrcompile.linop import LinearOperator, tensors
-from lrcompile.sites import LinearSite, Use
+from lrcompile.sites import LinearSite, Use, Window
+from lrcompile.sketch import Importance
+from lrcompile.windows import unfit
 
 
 class ModuleGraph:
@@ -110,15 +112,16 @@ class ModuleGraph:
         self.sample = few(batch)
         keys: dict[tuple, str] = {}
         for name, found in self._found.items():
-            uses = tuple(self._shared(use, self._trace, keys) for use in found.site.uses)
+            uses = tuple(self._shared(use, found.site.window, self._trace, keys) for use in found.site.uses)
             frozen = found.site.frozen or self._trace.reason(found)
             self._found[name] = Found(changed(found.site, uses=uses, frozen=frozen), found.readers)
 
     @staticmethod
-    def _shared(use: Use, trace: Trace, keys: dict[tuple, str]) -> Use:
-        """The use with the name of the first module that reads the very same tensors."""
+    def _shared(use: Use, window: Window | None, trace: Trace, keys: dict[tuple, str]) -> Use:
+        """The use with the name of the first module that reads the very same tensors through an equal window."""
         reads = tuple(trace.reads.get(use.node, ()))
-        return changed(use, input=keys.setdefault(reads, use.node)) if reads and use.role == "apply" else use
+        shared = reads and use.role == "apply"
+        return changed(use, input=keys.setdefault((reads, window), use.node)) if shared else use
 
     def _ensure_checked(self, batches: Iterable[Inputs]) -> None:
         if self._trace is None:
@@ -139,6 +142,9 @@ class ModuleGraph:
             raise UsageError(f"cannot be replaced: {original.frozen}", where=site.name)
         if by.shape != original.shape:
             raise UsageError(f"shape {by.shape} cannot replace {original.shape}", where=site.name)
+        reason = unfit(by, original.window)
+        if reason:
+            raise UsageError(f"cannot be written: {reason}", where=site.name)
         self.journal.entries.append((site.name, self.replacements.get(site.name)))
         self._set(site.name, Replacement(by, shift))
 
@@ -218,6 +224,16 @@ class ModuleGraph:
         founds = {name: self.found(name) for name in changes}
         with self.as_given():
             return module_observe.probe(self.model, batches, founds, changes)
+
+    def gradients(
+        self, batches: Iterable[Inputs], sites: Sequence[LinearSite], *, memory: int, seed: int
+    ) -> Importance:
+        """Moments of the outputs' gradients at what the sites give, by site name; see :mod:`lrcompile.sketch`."""
+        batches = module_observe.reusable(batches)
+        self._ensure_checked(batches)
+        founds = {site.name: self.found(site.name) for site in sites}
+        with self.as_given():
+            return module_gradients.gradients(self.model, batches, founds, memory=memory, seed=seed)
 
     def macs(self, sample: Inputs) -> int:
         """Multiply–accumulates of all matrix products, convolutions and attention on ``sample``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from math import prod
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from lrcompile.graphs.module_run import argument, bind, call, evaluating, named_
 from lrcompile.graphs.module_sites import Found, Reader
 from lrcompile.graphs.structured import strided
 from lrcompile.linop import LinearOperator, apply
+from lrcompile.sites import Window
+from lrcompile.windows import convolve, patches, sizes
 
 
 def reusable(batches: Iterable[Inputs]) -> Iterable[Inputs]:
@@ -66,11 +69,26 @@ def _listen(stack: ExitStack, collector: Collector, key: str, readers: Sequence[
     for reader in readers:
 
         def hook(module: nn.Module, args: Any, kwargs: Any, reader: Reader = reader) -> None:
-            value, axis = read(reader, argument(args, kwargs))
             with torch.inference_mode(False), torch.no_grad():  # moments outlive this run and are written to
-                collector.add(key, token_rows(value, batch.mask, channel_axis=axis), batch.once(key))
+                rows, seen = _rows(reader, argument(args, kwargs), batch.mask)
+                collector.add(key, rows, batch.once(key), seen)
 
         stack.callback(reader.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+
+def _rows(reader: Reader, value: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
+    """The vectors (tokens, in) that a layer multiplies, padding left out, and how many there are in all."""
+    window = reader.window
+    if window is not None and not window.pointwise:
+        value = _batched(value, window)
+        return patches(value, window), len(value) * prod(sizes(value, window))
+    value, axis = read(reader, value)
+    rows = token_rows(value, mask, channel_axis=axis)
+    return rows, len(rows)
+
+
+def _batched(value: Tensor, window: Window) -> Tensor:
+    return value if value.ndim == window.rank + 2 else value.unsqueeze(0)
 
 
 def read(reader: Reader, value: Tensor) -> tuple[Tensor, int]:
@@ -125,12 +143,23 @@ def _divert(stack: ExitStack, reader: Reader, before: LinearOperator, change: Re
     """Adds to the layer's output what the replacement would change in it."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        value, axis = read(reader, argument(args, kwargs))
-        moved = value.movedim(axis, -1)
-        wide = moved if moved.dtype == torch.float64 else moved.float()
-        delta = apply(change.operator, wide) - apply(before, wide)
-        if change.shift is not None:
-            delta = delta + change.shift.to(delta)
-        return (output + delta.movedim(-1, axis)).to(output.dtype)
+        delta = _delta(reader, argument(args, kwargs), before, change)
+        return (output + delta.reshape(output.shape)).to(output.dtype)
 
     stack.callback(reader.module.register_forward_hook(hook, with_kwargs=True).remove)
+
+
+def _delta(reader: Reader, value: Tensor, before: LinearOperator, change: Replacement) -> Tensor:
+    """What the replacement adds to the layer's output, given what the layer reads."""
+    value = value if value.dtype == torch.float64 else value.float()
+    window = reader.window
+    if window is not None and not window.pointwise:
+        value, axis = _batched(value, window), 1
+        delta = (convolve(change.operator, value, window) - convolve(before, value, window)).movedim(1, -1)
+    else:
+        value, axis = read(reader, value)
+        moved = value.movedim(axis, -1)
+        delta = apply(change.operator, moved) - apply(before, moved)
+    if change.shift is not None:
+        delta = delta + change.shift.to(delta)
+    return delta.movedim(-1, axis)

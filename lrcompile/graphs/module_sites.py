@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from lrcompile.errors import InvalidInputError, UnsupportedError
 from lrcompile.graphs.structured import Factors, Structured, StructuredConv, StructuredLinear, place
-from lrcompile.linop import Dense
+from lrcompile.linop import BlockSparse, Dense, LinearOperator
 from lrcompile.sites import LinearSite, Use, Window
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -32,6 +32,11 @@ class Reader:
         return tuple(self.module.stride) if self.kind == "Conv" else ()  # type: ignore[arg-type]
 
     @property
+    def window(self) -> Window | None:
+        """What a convolution reads for one position."""
+        return _window(self.module) if self.kind == "Conv" else None
+
+    @property
     def bias(self) -> nn.Parameter | None:
         return self.module._parameters.get("bias")
 
@@ -44,8 +49,8 @@ class Reader:
 
     def structured(self, factors: Factors, bias: Tensor | None) -> Structured:
         """The module that takes this one's place."""
-        if self.kind == "Conv":
-            return StructuredConv(factors, bias, stride=self.strides)
+        if self.window is not None:
+            return StructuredConv(factors, bias, window=self.window)
         return StructuredLinear(factors, bias, transposed=self.kind == "Conv1D")
 
 
@@ -122,7 +127,7 @@ def kind_of(module: nn.Module) -> str:
     if not weight.is_floating_point():
         return ""
     if isinstance(module, CONVS):
-        return "Conv" if _is_pointwise(module) else ""
+        return "" if getattr(module, "transposed", False) else "Conv"
     if weight.ndim != 2:
         return ""
     return "Conv1D" if _is_conv1d(module) else "Linear"
@@ -141,12 +146,18 @@ def _is_conv1d(module: nn.Module) -> bool:
     )
 
 
-def _is_pointwise(module: nn.Module) -> bool:
-    kernel, groups, padding, mode = (
-        getattr(module, name) for name in ("kernel_size", "groups", "padding", "padding_mode")
+def _window(module: nn.Module) -> Window:
+    kernel, strides, padding, dilations = (
+        getattr(module, name) for name in ("kernel_size", "stride", "padding", "dilation")
     )
-    no_padding = padding in ("valid", "same") or all(amount == 0 for amount in padding)
-    return all(size == 1 for size in kernel) and groups == 1 and no_padding and mode == "zeros"
+    less = more = (0,) * len(kernel)
+    if padding == "same":
+        total = [(size - 1) * spread for size, spread in zip(kernel, dilations, strict=True)]
+        less, more = tuple(size // 2 for size in total), tuple(size - size // 2 for size in total)
+    elif padding != "valid":
+        less = more = tuple(padding)
+    pads = (*less, *more)
+    return Window(tuple(kernel), tuple(strides), pads if any(pads) else (), tuple(dilations))
 
 
 def _holders(paths: dict[str, nn.Module]) -> dict[object, list[tuple[str, nn.Module]]]:
@@ -181,20 +192,24 @@ def _found(
     readers: list[Reader], holders: list[tuple[str, nn.Module]], stray: dict[int, str], paths: dict[str, nn.Module]
 ) -> Found:
     first = readers[0]
-    window = Window((1,) * len(first.strides), first.strides) if first.kind == "Conv" else None
     uses = [Use(reader.path, reader.path, None if reader.bias is None else reader.bias.detach()) for reader in readers]
     rows = [(path, module) for path, module in holders if isinstance(module, nn.Embedding)]
     uses += [Use(path, path, None, "rows") for path, _ in rows]
     frozen = _frozen(readers, holders, stray, paths)
-    site = LinearSite(first.path, Dense(_matrix(first)), tuple(uses), window, first.kind, frozen)
+    site = LinearSite(first.path, _operator(first), tuple(uses), first.window, first.kind, frozen)
     return Found(site, tuple(readers))
 
 
-def _matrix(reader: Reader) -> Tensor:
+def _operator(reader: Reader) -> LinearOperator:
+    """The stored matrix; the groups of a convolution stand on its diagonal."""
     weight = reader.module.weight.detach()  # type: ignore[operator, union-attr]
+    groups = getattr(reader.module, "groups", 1)
+    if reader.kind == "Conv" and groups > 1:
+        places = torch.arange(groups)
+        return BlockSparse(weight.reshape(groups, len(weight) // groups, -1), places, places, (groups, groups))
     if reader.kind == "Conv1D":
-        return weight.T
-    return weight.flatten(1) if reader.kind == "Conv" else weight
+        return Dense(weight.T)
+    return Dense(weight.flatten(1) if reader.kind == "Conv" else weight)
 
 
 def _frozen(
@@ -207,7 +222,7 @@ def _frozen(
             return f"tied to embedding {path}"
         if id(module) not in reading:
             return f"its weight is shared with {path or 'the model'} ({type(module).__name__})"
-    if len({(reader.kind, reader.strides) for reader in readers}) > 1:
+    if len({(reader.kind, reader.window) for reader in readers}) > 1:
         return "its weight is shared by layers of different kinds"
     for reader in readers:
         reason = _own_reason(reader, paths) or _outside(reader, stray)
@@ -226,6 +241,10 @@ def _own_reason(reader: Reader, paths: dict[str, nn.Module]) -> str:
     parent = paths.get(reader.path.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weight without calling it"
+    if reader.kind == "Conv" and module.groups != 1:
+        return f"a convolution in {module.groups} groups"
+    if reader.kind == "Conv" and module.padding_mode != "zeros":
+        return f"it pads with other values than zeros ({module.padding_mode})"
     standard = next((base for base in (nn.Linear, *CONVS) if isinstance(module, base)), type(module))
     if type(module).forward is not standard.forward or "forward" in vars(module):
         return f"it has a forward of its own ({type(module).__name__})"

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lrcompile.linop import Dense, LinearOperator, Product, apply, densify, show
+from lrcompile.sites import Window
+from lrcompile.windows import convolve
 
 
 def place(tensor: Tensor) -> Hashable:
@@ -179,33 +181,44 @@ class StructuredLinear(Structured):
 
 
 class StructuredConv(Structured):
-    """A convolution whose kernel has one element: the operator acts on the channels of every position.
+    """A convolution whose kernel is an expression on the patches that its window reads.
 
     Args:
-        stride: one number for each spatial axis.
+        window: geometry; the operator is (out, in * places).
     """
 
-    def __init__(self, factors: Factors, bias: Tensor | None = None, *, stride: Sequence[int]) -> None:
+    def __init__(self, factors: Factors, bias: Tensor | None = None, *, window: Window) -> None:
         super().__init__(factors, bias)
-        self.out_channels, self.in_channels = factors.expression().shape
-        self.stride = tuple(stride)
-        self.kernel_size = (1,) * len(self.stride)
+        self.window = window
+        self.out_channels = factors.expression().shape[0]
+        self.in_channels = factors.expression().shape[1] // window.places
+        self.stride, self.kernel_size = window.strides, window.kernel
 
     @property
     def weight(self) -> Tensor:
-        """The dense kernel (out, in, 1, ...), computed on every access."""
+        """The dense kernel (out, in, *kernel), computed on every access."""
         return densify(self.operator).reshape(self.out_channels, self.in_channels, *self.kernel_size)
 
     def forward(self, input: Tensor) -> Tensor:
         """(batch, in, *spatial) or (in, *spatial); contiguous as a convolution's output."""
+        if not self.window.pointwise:
+            return self._convolved(input)
         axis = -len(self.stride) - 1
         moved = strided(input, self.stride).movedim(axis, -1)
         out = affine(self.operator, moved, self.bias).movedim(-1, axis)
         last = len(self.stride) == 2 and input.ndim == 4 and not input.is_contiguous()
         return out if last and input.is_contiguous(memory_format=torch.channels_last) else out.contiguous()
 
+    def _convolved(self, input: Tensor) -> Tensor:
+        batched = input if input.ndim == self.window.rank + 2 else input.unsqueeze(0)
+        out = convolve(self.operator, batched, self.window)
+        if self.bias is not None:
+            out = out + self.bias.to(out.dtype).reshape(-1, *[1] * self.window.rank)
+        return out if batched is input else out.squeeze(0)
+
     def extra_repr(self) -> str:
-        return f"{self._sizes()}, stride={self.stride}"
+        geometry = str(self.window)
+        return f"{self._sizes()}, stride={self.stride}" + (f", {geometry}" if not self.window.pointwise else "")
 
 
 def strided(value: Tensor, strides: Sequence[int]) -> Tensor:

@@ -24,6 +24,7 @@ from lrcompile.linop.expr import (
     Dense,
     Diagonal,
     Identity,
+    Kron,
     LinearOperator,
     Product,
     Quantized,
@@ -255,6 +256,8 @@ class _Flow:
             case Choose():
                 self.choices.append((op, key))
                 return 0
+            case Kron(left=left, right=right):  # each at every place of the other
+                return left.shape[1] * macs(right) + right.shape[0] * macs(left)
             case Transposed(operator=Stack(parts=parts)):
                 return sum(self.through(transpose(part), (op, i, key))[1] for i, part in enumerate(parts))
             case Transposed(operator=inner):

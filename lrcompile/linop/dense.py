@@ -16,6 +16,7 @@ from lrcompile.linop.expr import (
     Dense,
     Diagonal,
     Identity,
+    Kron,
     LinearOperator,
     Product,
     Quantized,
@@ -152,6 +153,13 @@ def _(op: Product) -> Tensor:
 
 
 @densify.register
+def _(op: Kron) -> Tensor:
+    cast = cast_to(op)
+    left, right = cast(densify(op.left)), cast(densify(op.right))  # torch.kron cannot take every stride
+    return (left[:, None, :, None] * right[None, :, None, :]).reshape(op.shape)
+
+
+@densify.register
 def _(op: Sum) -> Tensor:
     cast = cast_to(op)
     return reduce(add, (cast(densify(term)) for term in op.terms))
@@ -228,6 +236,11 @@ def _(op: BlockSparse) -> LinearOperator:
 @transpose.register
 def _(op: Product) -> LinearOperator:
     return Product(transpose(op.right), transpose(op.left))
+
+
+@transpose.register
+def _(op: Kron) -> LinearOperator:
+    return Kron(transpose(op.left), transpose(op.right))
 
 
 @transpose.register

@@ -203,6 +203,23 @@ class Product(LinearOperator):
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
+class Kron(LinearOperator):
+    """The Kronecker product ``left ⊗ right``: ``right`` along the fast axis, ``left`` along the slow one.
+
+    ``Kron(op, Identity(n))`` applies ``op`` to the channels of each of ``n`` places.
+    """
+
+    left: LinearOperator
+    right: LinearOperator
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        (out, into), (height, width) = self.left.shape, self.right.shape
+        return out * height, into * width
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
 class Sum(LinearOperator):
     """The sum of operators of one shape."""
 

@@ -34,6 +34,7 @@ from lrcompile.linop.expr import (
     Dense,
     Diagonal,
     Identity,
+    Kron,
     LinearOperator,
     Product,
     Quantized,
@@ -147,6 +148,13 @@ def _(op: Quantized, x: Tensor) -> Tensor:
 @apply.register
 def _(op: Product, x: Tensor) -> Tensor:
     return apply(op.left, apply(op.right, x))
+
+
+@apply.register
+def _(op: Kron, x: Tensor) -> Tensor:
+    _fits(op, x)
+    inner = apply(op.right, x.unflatten(-1, (op.left.shape[1], op.right.shape[1])))
+    return apply(op.left, inner.mT).mT.flatten(-2)
 
 
 @apply.register

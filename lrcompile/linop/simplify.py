@@ -18,6 +18,7 @@ from lrcompile.linop.expr import (
     Dense,
     Diagonal,
     Identity,
+    Kron,
     LinearOperator,
     Product,
     Scaled,
@@ -43,6 +44,7 @@ def simplify(op: LinearOperator, memo: Memo | None = None) -> LinearOperator:
       - ``Diagonal Diagonal`` -> ``Diagonal``;  ``Select Select`` -> ``Select``
       - nested ``Sum``, nested ``Stack`` -> flat;  of a single one -> that one
       - ``1 * x`` -> ``x``;  ``a * (b * x)`` -> ``(a b) * x``
+      - ``x ⊗ I`` and ``I ⊗ x`` with an identity of one channel -> ``x``;  ``I ⊗ I`` -> ``I``
       - ``Transposed(x)`` -> the closed form, where there is one
 
     Idempotent; returns ``op`` itself where no law applies. What is shared inside ``op``
@@ -79,6 +81,8 @@ def _step(op: LinearOperator, merge: Merge) -> LinearOperator:
     match op:
         case Product():
             return _chain(op, merge)
+        case Kron():
+            return _kron(op)
         case Sum():
             return _flat(op, Sum, op.terms)
         case Stack():
@@ -137,6 +141,18 @@ def _multiply(left: LinearOperator, right: LinearOperator) -> LinearOperator | N
 def _merge_or_multiply(left: LinearOperator, right: LinearOperator) -> LinearOperator | None:
     merged = _merge(left, right)
     return _multiply(left, right) if merged is None else merged
+
+
+def _kron(op: Kron) -> LinearOperator:
+    match op.left, op.right:
+        case left, Identity(size=1):
+            return left
+        case Identity(size=1), right:
+            return right
+        case Identity(size=a), Identity(size=b):
+            return Identity(a * b)
+        case _:
+            return op
 
 
 def _flat(op: LinearOperator, kind: type[Sum] | type[Stack], parts: tuple[LinearOperator, ...]) -> LinearOperator:

@@ -8,17 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from lrcompile.costs import SCHEMA, Shape, described
 from lrcompile.graphs.module import ModuleGraph
 from lrcompile.graphs.module_run import call
 from lrcompile.graphs.module_time import both, caller, ready
-from lrcompile.linop import LinearOperator
+from lrcompile.graphs.structured import affine
+from lrcompile.linop import Dense, LinearOperator
 from lrcompile.measure import interleaved
-from lrcompile.profiling.survey import Candidate, Survey, anchored, copied, copies, random_weight
+from lrcompile.profiling.survey import Candidate, Survey, anchored, copied, copies, image, random_weight
 from lrcompile.progress import Progress
 from lrcompile.report import machine, versions
+from lrcompile.sites import Window
+from lrcompile.windows import convolve
 
 
 def measured(survey: Survey, threads: int, seconds: float, tell: Progress) -> dict[str, Any]:
@@ -53,13 +55,13 @@ def measured(survey: Survey, threads: int, seconds: float, tell: Progress) -> di
 def _shape(survey: Survey, shape: Shape, candidates: Sequence[Candidate], seconds: float) -> dict[str, Any]:
     count = copies(survey, shape)
     weight = random_weight(shape)
-    x = torch.randn(shape.tokens, shape.into, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-    dense = _calls(lambda w: lambda: functional.linear(x, w), [weight.clone() for _ in range(count)])
+    x = torch.randn(*image(shape), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    dense = _calls(lambda w: _applied(shape, w, x), [Dense(weight.clone()) for _ in range(count)])
     absolute: list[float] = []
     forms: dict[str, list[dict[str, Any]]] = {}
     for each in candidates:
         operator = each.build()
-        chain = _calls(lambda op: _applied(op, x), [copied(operator) for _ in range(count)])
+        chain = _calls(lambda op: _applied(shape, op, x), [copied(operator) for _ in range(count)])
         rows = interleaved([dense, chain], seconds)
         absolute += rows[0]
         ratio = statistics.median(b / a for a, b in zip(*rows, strict=True))
@@ -75,9 +77,9 @@ def _shape(survey: Survey, shape: Shape, candidates: Sequence[Candidate], second
     }
 
 
-def _applied(operator: LinearOperator, x: Tensor) -> Callable[[], object]:
-    from lrcompile.graphs.structured import affine
-
+def _applied(shape: Shape, operator: LinearOperator, x: Tensor) -> Callable[[], object]:
+    if shape.window:
+        return lambda: convolve(operator, x, Window(*shape.window))
     return lambda: affine(operator, x, None)
 
 

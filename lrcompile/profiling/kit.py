@@ -24,7 +24,8 @@ from lrcompile.graphs.onnx.graph import OnnxGraph
 from lrcompile.linop import LinearOperator
 from lrcompile.lowering import Backend
 from lrcompile.profiling import script
-from lrcompile.profiling.survey import ROTATED, Survey, anchored, copied, copies
+from lrcompile.profiling.survey import ROTATED, Survey, anchored, copied, copies, image
+from lrcompile.sites import Window
 
 SCRIPT = "measure.py"
 OUTSIDE = 1024
@@ -130,19 +131,11 @@ def _shape(
     return {
         **described(shape),
         "sites": survey.counts[shape],
-        "input": list(_input(shape)),
+        "input": list(image(shape)),
         "file": f"{index}.onnx",
         "copies": count,
         "forms": [{"form": form, "points": points} for form, points in forms.items()],
     }
-
-
-def _input(shape: Shape) -> tuple[int, ...]:
-    """(tokens, in); for a convolution one image with as many positions that the kernel meets."""
-    if not shape.strides:
-        return shape.tokens, shape.into
-    first, *rest = shape.strides
-    return 1, shape.into, shape.tokens * first, *rest
 
 
 def product(
@@ -150,17 +143,18 @@ def product(
 ) -> ir.Model:
     """``count`` products of one input with weights of their own, each an output."""
     dtype = ir.DataType[{"float32": "FLOAT", "float16": "FLOAT16", "float64": "DOUBLE"}[shape.dtype]]
-    x = ir.Value(name="x", type=ir.TensorType(dtype), shape=ir.Shape(_input(shape)))
-    convolution = bool(shape.strides)
-    held = (shape.out, shape.into, *(1 for _ in shape.strides)) if convolution else (shape.into, shape.out)
+    given = image(shape)
+    x = ir.Value(name="x", type=ir.TensorType(dtype), shape=ir.Shape(given))
+    held, attributes = (shape.into, shape.out), []
+    if shape.window:
+        window = Window(*shape.window)
+        held = (shape.out, given[1], *window.kernel)
+        named = {"strides": window.strides, "pads": window.pads, "dilations": window.dilations}
+        attributes = [ir.AttrInt64s(name, list(sizes)) for name, sizes in named.items()]
     w = ir.Value(name="w", const_value=ir.tensor(np.zeros(held, dtype.numpy()), name="w"))
-    attributes = [ir.AttrInt64s("strides", list(shape.strides))] if convolution else []
-    node = ir.Node("", "Conv" if convolution else "MatMul", [x, w], attributes, name="product")
-    y = node.outputs[0]
-    y.name, y.type = "y", ir.TensorType(dtype)
-    y.shape = ir.Shape([1, shape.out, shape.tokens, *(1 for _ in shape.strides[1:])] if convolution else
-                       [shape.tokens, shape.out])  # fmt: skip
-    whole = ir.Graph([x], [y], nodes=[node], initializers=[w], opset_imports={"": opset}, name="product")
+    node = ir.Node("", "Conv" if shape.window else "MatMul", [x, w], attributes, name="product")
+    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(dtype)
+    whole = ir.Graph([x], [node.outputs[0]], nodes=[node], initializers=[w], opset_imports={"": opset}, name="product")
     graph = OnnxGraph(ir.Model(whole, ir_version=10))
     if operator is not None:
         graph.replace(graph.linear_sites()[0], operator)

@@ -101,7 +101,7 @@ def measured_shape(each, threads, seconds):
     if not absolute:
         absolute = interleaved([runner(dense, {"x": x})], seconds, clock)[0]
     ms = statistics.median(absolute) / each["copies"]
-    described = {key: each[key] for key in ("out", "into", "tokens", "dtype", "strides", "sites")}
+    described = {key: each[key] for key in ("out", "into", "tokens", "dtype", "window", "sites")}
     found = [
         {"form": form["form"], "points": [{"macs": p["macs"], "rank": p["rank"], "ms": ms * r} for p, r in points]}
         for form, points in forms

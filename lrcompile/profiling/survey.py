@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from lrcompile.linop import Dense, LinearOperator, map_leaves
 from lrcompile.linop.tree import own_tensors
 from lrcompile.planning import positions
 from lrcompile.rewrite import Context, LinearPass, Proposal, outline, storage_dtype
-from lrcompile.sites import LinearSite
+from lrcompile.sites import LinearSite, Window
 
 POINTS = 6
 """Sizes at which every form of every shape is timed."""
@@ -122,8 +123,9 @@ def shape_of(site: LinearSite, vectors: float) -> Shape:
         vectors: that one use of it multiplies.
     """
     dtype = str(storage_dtype(site.operator)).removeprefix("torch.")
-    strides = () if site.window is None else tuple(site.window.strides)
-    return Shape(*site.shape, max(round(vectors), 1), dtype, strides)
+    held = site.window
+    window = () if held is None else (held.kernel, held.strides, held.pads, held.dilations)
+    return Shape(*site.shape, max(round(vectors), 1), dtype, window)
 
 
 def _points(site: LinearSite, proposals: Iterable[Proposal]) -> Iterable[Candidate]:
@@ -188,6 +190,24 @@ def copies(survey: Survey, shape: Shape) -> int:
     whole = sum(n * s.out * s.into * storage_size(s) for s, n in survey.counts.items())
     wanted = min(whole, ROTATED) // (shape.out * shape.into * size)
     return int(min(max(wanted, 1), max(WORK // (shape.out * shape.into * shape.tokens), 1), 64))
+
+
+def image(shape: Shape) -> tuple[int, ...]:
+    """Shape of the input of one product, (tokens, in).
+
+    A convolution reads one image with as many output positions, as square as they allow.
+    """
+    if not shape.window:
+        return shape.tokens, shape.into
+    window = Window(*shape.window)
+    places = [1] * (window.rank - 1) + [shape.tokens]
+    if window.rank > 1:
+        places[-2] = max(n for n in range(1, math.isqrt(shape.tokens) + 1) if shape.tokens % n == 0)
+        places[-1] = shape.tokens // places[-2]
+    axes = zip(places, window.kernel, window.strides, window.dilations, strict=True)
+    pads = [window.pads[axis] + window.pads[axis + window.rank] for axis in range(window.rank)]
+    sizes = [(n - 1) * s + (k - 1) * d + 1 - pad for (n, k, s, d), pad in zip(axes, pads, strict=True)]
+    return 1, shape.into // window.places, *(max(size, 1) for size in sizes)
 
 
 def storage_size(shape: Shape) -> int:

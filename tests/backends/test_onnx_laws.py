@@ -151,6 +151,7 @@ STAYS_APART = {
     "what touches the input element by element belongs to what stands before": "dense-columns nested-sums "
     "nested-stacks identity-in-product",
     "slices of one value are different inputs": "transposed-stack",
+    "a Kronecker product is written with reshapes": "kron channel-form tucker",
     "a weight behind a Cast keeps the type of its storage": "mixed-dtypes",
     "a kernel that is a turned kernel": "tied",
 }

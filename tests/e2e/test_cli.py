@@ -157,10 +157,10 @@ def test_passes(cli: Cli):
     assert {"clean", "exact-low-rank", "low-rank"} <= set(table)
     assert all(set(each) == {"name", "exact", "options", "doc"} for each in table.values())
     assert table["clean"]["exact"] is True and table["low-rank"]["exact"] is False
-    assert table["low-rank"]["options"]["shrink"] == {"type": "float", "default": 0.0}
+    assert table["low-rank"]["options"]["shrink"] == {"type": "float | None", "default": None}
     (one,) = cli.json("passes", "low-rank").json["passes"]
     assert one == table["low-rank"]
-    assert "shrink=0.0" in cli("passes", "low-rank").out
+    assert "shrink=None" in cli("passes", "low-rank").out
 
 
 def test_doctor(cli: Cli):

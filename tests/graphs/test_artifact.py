@@ -22,7 +22,7 @@ from lrcompile.backends.eager import Eager
 from lrcompile.errors import InvalidInputError, MissingExtraError, UnsupportedError, UsageError
 from lrcompile.files import AtomicSet
 from lrcompile.graphs.module import ModuleGraph
-from lrcompile.linop import low_rank, same
+from lrcompile.linop import Dense, Identity, Kron, Product, low_rank, same
 from lrcompile.program import Program
 from tests.graphs.modules import edit, encoder, factors, gpt2, llama, rewritten, same_outputs, tokens, tree
 from tests.models import two_layer_mlp
@@ -162,7 +162,9 @@ def test_a_convolutional_model_with_buffers_and_constants(tmp_path: Path):
 
     torch.manual_seed(0)
     graph = ModuleGraph(Net().eval())
-    graph.replace(graph.linear_sites()[0], factors(4, 8, 2))
+    wide, point = graph.linear_sites()
+    graph.replace(wide, Product(Dense(torch.randn(8, 18)), Kron(Dense(torch.randn(2, 3)), Identity(9))))
+    graph.replace(point, factors(4, 8, 2))
     x = torch.randn(1, 3, 6, 6)
     save(graph, tmp_path, sample=x)
     program: Any = load(tmp_path)

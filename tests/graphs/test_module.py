@@ -16,6 +16,7 @@ from lrcompile.errors import GateError, InvalidInputError, UnsupportedError, Usa
 from lrcompile.graphs.module import ModuleGraph
 from lrcompile.graphs.structured import StructuredLinear
 from lrcompile.linop import Dense, densify
+from lrcompile.sites import Window
 from tests.graphs.modules import MEMORY, Wrapped, X, encoder, factors, gpt2, sites, tokens, tree
 
 # -- sites -----------------------------------------------------------------------------------
@@ -86,20 +87,26 @@ def test_conv1d_of_gpt2_is_recognised_and_oriented():
     assert sites(graph)["lm_head"].uses[-1].role == "rows"
 
 
-def test_only_pointwise_convolutions_are_sites():
+def test_convolutions_are_sites():
     layers = {
         "plain": nn.Conv2d(6, 4, 1),
         "strided": nn.Conv2d(6, 4, 1, stride=2),
         "line": nn.Conv1d(6, 4, 1),
         "volume": nn.Conv3d(6, 4, 1),
-        "wide": nn.Conv2d(6, 4, 3),
+        "wide": nn.Conv2d(6, 4, 3, padding="same", dilation=2),
         "grouped": nn.Conv2d(6, 4, 1, groups=2),
-        "padded": nn.Conv2d(6, 4, 1, padding=1),
+        "mirrored": nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect"),
+        "turned": nn.ConvTranspose2d(6, 4, 3),
     }
     graph = ModuleGraph(nn.ModuleDict(layers))
     found = sites(graph)
-    assert list(found) == ["plain", "strided", "line", "volume"]
-    assert found["strided"].window is not None and found["strided"].window.strides == (2, 2)
+    assert list(found) == [name for name in layers if name != "turned"]
+    assert found["strided"].window == Window((1, 1), (2, 2))
+    assert found["wide"].window == Window((3, 3), (1, 1), (2, 2, 2, 2), (2, 2))
+    assert found["wide"].shape == (4, 54)
+    assert found["grouped"].frozen == "a convolution in 2 groups"
+    assert "reflect" in found["mirrored"].frozen
+    assert not any(found[name].frozen for name in ("plain", "strided", "line", "volume", "wide"))
 
 
 def test_a_single_layer_is_a_model_too():

@@ -20,6 +20,7 @@ from lrcompile.linop import (
     Dense,
     Diagonal,
     Identity,
+    Kron,
     LinearOperator,
     Product,
     Quantized,
@@ -157,6 +158,9 @@ MARKET: dict[str, Builder] = {
     "masa": _of(_masa),
     "stack-shared-right": _of(_shared_right),
     "shared-product": _of(_shared_product),
+    "kron": _of(lambda m: Kron(m.dense(3, 2), m.low_rank(4, 2, 5))),
+    "channel-form": _of(lambda m: Product(m.dense(6, 8), Kron(m.dense(2, 3), Identity(4)))),
+    "tucker": _of(lambda m: Product(m.dense(6, 3), Product(m.dense(3, 8), Kron(m.dense(2, 3), Identity(4))))),
     "tied": _of(lambda m: (lambda d: Product(transpose(d), d))(m.dense(5, 8))),
     "transposed-select": _of(lambda m: transpose(m.select(5, 9))),
     "transposed-semi-sparse": _of(lambda m: transpose(m.semi_sparse(6, 9, 2))),
@@ -215,6 +219,9 @@ class _Draws:
         return kinds[self.draw(st.sampled_from(sorted(kinds)))]()
 
     def combinator(self, out: int, inner: int, depth: int) -> LinearOperator:
+        if out % 2 == 0 and inner % 2 == 0 and self.draw(st.booleans()):
+            halves = self.operator(out // 2, inner // 2, depth), self.operator(2, 2, depth)
+            return Kron(*(halves if self.draw(st.booleans()) else halves[::-1]))
         match self.draw(st.sampled_from(["product", "sum", "stack", "scaled", "choose", "transposed"])):
             case "product":
                 middle = self.draw(_SIZE)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lrcompile.calibrate import Moments
-from lrcompile.spectrum import Metric, Spectrum, metric_matrix, sampling_shrink, spectrum
+from lrcompile.spectrum import Metric, Spectrum, importance_matrix, metric_matrix, sampling_shrink, spectrum
 
 METRICS: tuple[Metric, ...] = ("plain", "diagonal", "whitened")
 SHAPES = [(12, 20), (20, 12), (16, 16), (1, 9), (9, 1), (7, 40), (40, 7)]
@@ -250,3 +250,62 @@ def test_how_far_few_tokens_shrink():
     assert sampling_shrink(Moments.zeros(4)) == 1.0
     assert sampling_shrink(moments(normal(50, 1))) == 0.0
     assert 0.0 <= sampling_shrink(moments(torch.zeros(9, 4, dtype=torch.float64))) <= 1.0
+
+
+# -- both sides ---------------------------------------------------------------------------------
+
+
+def two_sided_loss(weight: Tensor, factors: tuple[Tensor, Tensor], inner: Tensor, outer: Tensor) -> float:
+    difference = factors[0] @ factors[1] - weight.double()
+    return float(((outer @ difference @ inner) * difference).sum())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("metric", METRICS)
+def test_two_sided_optimum(shape: tuple[int, int], metric: Metric):
+    """The truncation between the symmetric roots of G and H has the same loss, and the tails say what it is."""
+    out, into = shape
+    weight = normal(out, into, seed=3)
+    inner = matrix(moments(inputs(200, into)), metric, damp=1e-6)
+    outer_rows = inputs(300, out, seed=9)
+    outer = outer_rows.T @ outer_rows / 300 + 1e-6 * torch.eye(out, dtype=torch.float64)
+    found = spectrum(weight, inner, outer)
+    whole = full(inner, into)
+    values, vectors = torch.linalg.eigh(outer)
+    root, inverse = (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
+    for rank in {1, min(shape) // 2, min(shape)}:
+        if rank == 0:
+            continue
+        best = inverse @ brute_force(root @ weight, whole, rank)
+        difference = best - weight
+        optimum = float(((outer @ difference @ whole) * difference).sum())
+        ours = two_sided_loss(weight, found.factors(rank), whole, outer)
+        scale = float(found.tails[0])
+        assert ours == pytest.approx(optimum, rel=1e-6, abs=1e-9 * scale)
+        assert float(found.tails[rank]) == pytest.approx(ours, rel=1e-5, abs=1e-6 * scale)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_errors_in_any_two_metrics(shape: tuple[int, int]):
+    """For directions that neither metric makes orthogonal the cross terms count."""
+    out, into = shape
+    weight = normal(out, into, seed=5)
+    found = spectrum(weight, matrix(moments(inputs(100, into)), "diagonal"))
+    inner, outer = (rows.T @ rows for rows in (inputs(50, into, seed=6), inputs(60, out, seed=7)))
+    errors = found.errors(inner, outer)
+    assert len(errors) == min(shape) + 1 and float(errors[-1]) == 0
+    for rank in range(1, min(shape)):
+        expected = two_sided_loss(weight, found.factors(rank), inner, outer)
+        assert float(errors[rank]) == pytest.approx(expected, rel=1e-5, abs=1e-6 * float(errors[0]))
+
+
+def test_importance_is_shrunk_towards_its_diagonal_and_damped():
+    rows = inputs(30, 6, offset=0.0)
+    full_moments = moments(rows)
+    found = importance_matrix(full_moments, damp=0.0)
+    second = full_moments.second()
+    torch.testing.assert_close(found.diagonal(), second.diagonal())
+    away = ~torch.eye(6, dtype=torch.bool)
+    share = (found / second)[away]
+    assert float(share.max() - share.min()) < 1e-9 and 0.3 < float(share[0]) < 1.0
+    assert float(torch.linalg.eigvalsh(importance_matrix(full_moments))[0]) > 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lrcompile.graphs.onnx.tensors import to_torch
-from lrcompile.linop import BlockSparse, Dense, LinearOperator, Quantized, Select, SemiSparse, transpose
+from lrcompile.linop import Dense, LinearOperator, Quantized, transpose
 
 FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
@@ -70,7 +70,7 @@ class Constants:
     A weight that is stored twice, as it is or transposed, becomes a single leaf as well.
     """
 
-    _operators: dict[tuple[int, bool], LinearOperator | None] = field(default_factory=dict)
+    _operators: dict[tuple[int, bool | str], LinearOperator | None] = field(default_factory=dict)
     _matrices: dict[tuple, list[Tensor]] = field(default_factory=dict)
     _leaves: dict[int, Dense] = field(default_factory=dict)
     _twins: dict[int, LinearOperator] = field(default_factory=dict)
@@ -104,6 +104,14 @@ class Constants:
         bucket.append(tensor)
         return self._leaf(tensor)
 
+    def once(self, value: ir.Value, make: Callable[[], LinearOperator | None]) -> LinearOperator | None:
+        """An operator that is made of ``value`` in another way, the same one each time."""
+        key = (id(value), "made")
+        if key not in self._operators:
+            self._alive.append(value)
+            self._operators[key] = make()
+        return self._operators[key]
+
     def _leaf(self, tensor: Tensor) -> Dense:
         if id(tensor) not in self._leaves:
             self._alive.append(tensor)
@@ -113,7 +121,7 @@ class Constants:
     def _transpose(self, operator: LinearOperator) -> LinearOperator:
         """Transposes once: the same leaf always gives the same transposed leaf, and back."""
         if id(operator) not in self._twins:
-            twin = transpose(operator)
+            twin = turned(operator)
             self._twins[id(operator)] = twin
             self._twins[id(twin)] = operator
             self._alive.extend((operator, twin))
@@ -125,9 +133,11 @@ class Constants:
             if len(tensor.shape) != 2 or tensor.dtype not in FLOATS:
                 return None
             return self.matrix(to_torch(tensor))
+        from lrcompile.graphs.onnx.computed import RULES
+
         node = value.producer()
-        rule = _RULES.get((node.domain, node.op_type)) if node is not None else None
-        return rule(self, node) if rule is not None and node is not None else None
+        rule = RULES.get((node.domain, node.op_type)) if node is not None else None
+        return rule(node) if rule is not None and node is not None else None
 
 
 def _fingerprint(tensor: Tensor) -> tuple:
@@ -140,82 +150,13 @@ def _fingerprint(tensor: Tensor) -> tuple:
     return (tuple(sorted(tensor.shape)), str(tensor.dtype), *map(repr, diagonal))
 
 
-def _dequantize_rule(constants: Constants, node: ir.Node) -> LinearOperator | None:
-    """Codes (out, in) with a scale per row, or per row and block of columns."""
-    values = [tensor for tensor in map(constant, node.inputs) if tensor is not None]
-    if len(values) < 2 or len(values) != len(node.inputs):
-        return None
-    codes, scale = to_torch(values[0]), to_torch(values[1])
-    zero = to_torch(values[2]) if len(values) > 2 else None
-    if codes.ndim != 2 or codes.dtype not in (torch.int8, torch.uint8):
-        return None
-    axis = node.attributes.get_int("axis", 1) % 2
-    block = node.attributes.get_int("block_size", 0)
-    bits = 4 if values[0].dtype in (ir.DataType.INT4, ir.DataType.UINT4) else 8
-    if block and axis == 1 and scale.ndim == 2:
-        return Quantized(codes, scale, zero, block, bits)
-    if not block and axis == 0 and scale.ndim == 1:
-        return Quantized(codes, scale[:, None], None if zero is None else zero[:, None], codes.shape[1], bits)
-    return None
-
-
-def _filled(value: ir.Value | None) -> tuple[tuple[int, ...], float] | None:
-    """Shape and number of a tensor that holds one number everywhere."""
-    node = value.producer() if value is not None else None
-    if node is not None and (node.domain, node.op_type) == ("", "ConstantOfShape"):
-        shape, fill = integers(node.inputs[0]), node.attributes.get("value")
-        if shape is None:
-            return None
-        return tuple(shape.tolist()), 0.0 if fill is None else float(to_torch(fill.as_tensor()).reshape(()))
-    tensor = constant(value)
-    if tensor is None or tensor.dtype not in FLOATS or tensor.size == 0:
-        return None
-    first = to_torch(tensor).reshape(-1)
-    return (tuple(tensor.shape.numpy()), float(first[0])) if bool((first == first[0]).all()) else None
-
-
-def _within(index: Tensor, size: int) -> bool:
-    return index.numel() == 0 or (int(index.min()) >= 0 and int(index.max()) < size)
-
-
-def _scatter_elements_rule(constants: Constants, node: ir.Node) -> LinearOperator | None:
-    """A fixed number of entries in each row, scattered into zeros; a single one in each row picks."""
-    zeros, index, ones = _filled(node.inputs[0]), integers(node.inputs[1]), _filled(node.inputs[2])
-    if zeros is None or zeros[1] != 0 or len(zeros[0]) != 2 or node.attributes.get_int("axis", 0) not in (1, -1):
-        return None
-    (rows, columns), _ = zeros
-    if index is None or index.ndim != 2 or index.shape[0] != rows or not _within(index, columns):
-        return None
-    stored = constant(node.inputs[2])
-    if stored is None and ones is not None and ones == ((rows, 1), 1.0):
-        return Select(index[:, 0], columns)
-    if stored is None or stored.dtype not in FLOATS or tuple(stored.shape) != tuple(index.shape):
-        return None
-    return SemiSparse(to_torch(stored), index, columns)
-
-
-def _blocks_rule(constants: Constants, node: ir.Node) -> LinearOperator | None:
-    """``Reshape(Transpose(ScatterND(zeros, places, blocks)))``: blocks on a grid."""
-    swap = node.inputs[0].producer() if node.inputs[0] is not None else None
-    if swap is None or swap.op_type != "Transpose" or list(swap.attributes["perm"].as_ints()) != [0, 2, 1, 3]:
-        return None
-    scatter = swap.inputs[0].producer() if swap.inputs[0] is not None else None
-    if scatter is None or scatter.op_type != "ScatterND":
-        return None
-    zeros, places, stored = _filled(scatter.inputs[0]), integers(scatter.inputs[1]), constant(scatter.inputs[2])
-    if zeros is None or zeros[1] != 0 or len(zeros[0]) != 4 or places is None or stored is None:
-        return None
-    down, across, height, width = zeros[0]
-    if tuple(stored.shape) != (len(places), height, width) or tuple(places.shape) != (len(places), 2):
-        return None
-    rows, columns = places[:, 0].contiguous(), places[:, 1].contiguous()
-    if not (_within(rows, down) and _within(columns, across)):
-        return None
-    return BlockSparse(to_torch(stored), rows, columns, (down, across))
-
-
-_RULES: dict[tuple[str, str], Callable[[Constants, ir.Node], LinearOperator | None]] = {
-    ("", "DequantizeLinear"): _dequantize_rule,
-    ("", "ScatterElements"): _scatter_elements_rule,
-    ("", "Reshape"): _blocks_rule,
-}
+def turned(operator: LinearOperator) -> LinearOperator:
+    """The transpose; codes with a single scale stay codes, since rows and columns are alike there."""
+    match operator:
+        case Quantized(codes=codes, scale=scale, zero=zero) if scale.stride() == (0, 0):
+            size = codes.shape[1]
+            grids = [None if grid is None else grid[:1].expand(size, 1) for grid in (scale, zero)]
+            assert grids[0] is not None
+            return Quantized(codes.T, grids[0], grids[1], codes.shape[0], operator.bits)
+        case _:
+            return transpose(operator)

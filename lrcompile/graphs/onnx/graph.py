@@ -26,6 +26,7 @@ from lrcompile.graphs.onnx.constants import constant, settle
 from lrcompile.graphs.onnx.grouping import group_key, site_of
 from lrcompile.graphs.onnx.hygiene import cleaned
 from lrcompile.graphs.onnx.naming import site_name, unique
+from lrcompile.graphs.onnx.node_rules import apply_rules
 from lrcompile.graphs.onnx.observe import observe
 from lrcompile.graphs.onnx.probe import probe
 from lrcompile.graphs.onnx.raising import Match, Raiser
@@ -34,6 +35,8 @@ from lrcompile.graphs.onnx.tensors import to_torch
 from lrcompile.linop import Dense, LinearOperator
 from lrcompile.memory import release
 from lrcompile.sites import LinearSite
+from lrcompile.sketch import Importance
+from lrcompile.windows import unfit
 
 if TYPE_CHECKING:
     import onnx
@@ -53,6 +56,7 @@ class OnnxGraph:
 
     def __init__(self, model: ir.Model, path: Path | None = None) -> None:
         self.model = model
+        self._loaded = model
         self.path = path
         self.journal = Journal()
         self.replacements: dict[str, Replacement] = {}
@@ -136,6 +140,9 @@ class OnnxGraph:
             raise UsageError(f"cannot be replaced: {original.frozen}", where=site.name)
         if by.shape != original.shape:
             raise UsageError(f"shape {by.shape} cannot replace {original.shape}", where=site.name)
+        reason = unfit(by, original.window)
+        if reason:
+            raise UsageError(f"cannot be written: {reason}", where=site.name)
         if shift is not None and tuple(shift.shape) != by.shape[:1]:
             raise UsageError(f"a shift of {tuple(shift.shape)} does not fit {by.shape[0]} outputs", where=site.name)
         self.journal.entries.append((site.name, self.replacements.get(site.name)))
@@ -170,16 +177,27 @@ class OnnxGraph:
             self.adopt(model)
         return model is not None, detail
 
+    def rewrite_nodes(self, rules: Any) -> list[str]:
+        """Applies onnxscript rewrite rules; returns the name of a node for each match.
+
+        Raises:
+            UsageError: no rules, or sites were replaced already.
+            UnsupportedError: a rule changes inputs, outputs or the opset.
+        """
+        model, places = apply_rules(self.model, rules)
+        if places:
+            self.adopt(model)
+        return places
+
     def _continue_with(self, model: ir.Model) -> None:
         self.model = model
-        for name in ("_matched", "_session"):
-            self.__dict__.pop(name, None)
+        self.__dict__.pop("_matched", None)
 
     # -- running ---------------------------------------------------------------------------
 
     @cached_property
     def _session(self) -> Session:
-        return Session(self.model.graph.clone(), self.model)
+        return Session(self._loaded.graph.clone(), self._loaded)
 
     def run(self, inputs: Inputs) -> Outputs:
         """Outputs of the loaded model; bfloat16 is computed in float32."""
@@ -198,6 +216,15 @@ class OnnxGraph:
         """Squared relative change of the outputs when each site alone is replaced."""
         pairs = {name: (self.original(name), self.matches(name)) for name in changes}
         return probe(self.model, batches, pairs, changes)
+
+    def gradients(
+        self, batches: Iterable[Inputs], sites: Sequence[LinearSite], *, memory: int, seed: int
+    ) -> Importance:
+        """Moments of the outputs' gradients at what the sites give, by site name; see :mod:`lrcompile.sketch`."""
+        from lrcompile.graphs.onnx.differentiate import gradients
+
+        matches = {site.name: self.matches(site.name) for site in sites}
+        return gradients(self.model, batches, sites, matches, memory=memory, seed=seed)
 
     # -- facts -----------------------------------------------------------------------------
 

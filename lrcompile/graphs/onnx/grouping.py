@@ -6,7 +6,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from lrcompile.graphs.onnx.constants import constant, origin
-from lrcompile.graphs.onnx.raising import Match, describe
+from lrcompile.graphs.onnx.match import Match, describe, path_dtype
 from lrcompile.graphs.onnx.tensors import to_torch
 from lrcompile.linop import structure, tensors
 from lrcompile.sites import LinearSite, Use
@@ -18,7 +18,7 @@ OLDEST = 7
 def group_key(match: Match) -> tuple:
     """Equal for matches with the same leaves in the same structure."""
     places = tuple((tensor.data_ptr(), tensor.stride()) for _, tensor in tensors(match.operator))
-    return (structure(match.operator), places, match.kind == "Conv")
+    return (structure(match.operator), places, None if match.window is None else match.window.kernel)
 
 
 def site_of(name: str, matches: list[Match], opset: int) -> LinearSite:
@@ -34,21 +34,27 @@ def _reading(match: Match) -> str:
     name = str(match.source.name)
     if match.window is None:
         return name if match.axis == -1 else f"{name} (columns)"
-    steps = [str(step) for step in match.window.strides]
-    return f"{name} (channels)" if set(steps) == {"1"} else f"{name} (channels, steps {'x'.join(steps)})"
+    geometry = str(match.window)
+    return f"{name} (channels, {geometry})" if geometry else f"{name} (channels)"
 
 
 def _bias(match: Match) -> Tensor | None:
     """The constant vector (out,) that a match adds, where it adds one."""
+    if match.bias is None:
+        return None if match.offset is None else match.offset.to(path_dtype(match))
     tensor, size = constant(match.bias), match.operator.shape[0]
     if tensor is None or (tensor.size != 1 and (tensor.size != size or tensor.shape[-1] != size)):
         return None
     values = to_torch(tensor).reshape(-1).expand(size)
-    return values if match.beta == 1.0 else values * match.beta
+    values = values if match.beta == 1.0 else values * match.beta
+    return values if match.offset is None else (values.double() + match.offset).to(values.dtype)
 
 
 def _frozen(matches: list[Match], opset: int) -> str:
     """Why the site must stay: somebody else reads a stored matrix of it, or new nodes cannot be written."""
+    refused = next((match.refused for match in matches if match.refused), "")
+    if refused:
+        return refused
     if opset < OLDEST:
         return f"operators of opset {opset} cannot be written, those of {OLDEST} and later can"
     nodes = {id(node) for match in matches for node in match.nodes}

@@ -28,7 +28,7 @@ def cleaned(model: ir.Model) -> tuple[ir.Model | None, str]:
     Names and types of inputs and outputs stay.
     """
     clone = model.clone()
-    before, signature = _size(clone), _signature(clone)
+    before, ends = _size(clone), signature(clone)
     _drop_identities(clone.graph)
     _merge_weights(clone.graph)
     _merge_nodes(clone.graph)
@@ -37,7 +37,7 @@ def cleaned(model: ir.Model) -> tuple[ir.Model | None, str]:
     after = _size(clone)
     if after == before:
         return None, "nothing is unused or repeated"
-    if _signature(clone) != signature:
+    if signature(clone) != ends:
         return None, "cleaning would change an input or output"
     parts = zip(before, after, ("nodes", "weights"), strict=True)
     return clone, "removed " + ", ".join(f"{old - new} {what}" for old, new, what in parts if old != new)
@@ -134,5 +134,6 @@ def _size(model: ir.Model) -> tuple[int, int]:
     return sum(1 for _ in model.graph.all_nodes()), len(model.graph.initializers)
 
 
-def _signature(model: ir.Model) -> list[tuple[str | None, ir.DataType | None, str]]:
+def signature(model: ir.Model) -> list[tuple[str | None, ir.DataType | None, str]]:
+    """Names, types and shapes of a model's inputs and outputs."""
     return [(v.name, v.dtype, str(v.shape)) for v in (*model.graph.inputs, *model.graph.outputs)]

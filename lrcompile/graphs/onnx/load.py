@@ -88,15 +88,20 @@ def _own(tensor: ir.TensorProtoTensor) -> ir.TensorProtocol:
     )
 
 
-def tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
-    """Every constant of a model with its name: initializers and attributes, in subgraphs and functions too."""
+def tensors(model: ir.Model, *, trees: bool = True) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    """Every constant of a model with its name: initializers and attributes, in subgraphs and functions too.
+
+    Args:
+        trees: attributes of classical models as well, in which NaN is a mark like any other.
+    """
     graphs: list[ir.Graph] = [model.graph]
     bodies: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     while bodies:
         body = bodies.pop()
         for node in body:
             for attribute in node.attributes.values():
-                yield from _attribute_tensors(node, attribute)
+                if trees or node.domain != "ai.onnx.ml":
+                    yield from _attribute_tensors(node, attribute)
                 inner = _attribute_graphs(attribute)
                 graphs += inner
                 bodies += inner
@@ -114,7 +119,7 @@ def check_finite(model: ir.Model, *, chunk: int = 2**22) -> None:
     Raises:
         InvalidInputError: names the tensor.
     """
-    for name, tensor in tensors(model):
+    for name, tensor in tensors(model, trees=False):
         if tensor.dtype.is_floating_point() and tensor.dtype.bitwidth >= 8:
             _check_tensor(name, tensor, chunk)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 
 import numpy as np
 import onnx_ir as ir
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from lrcompile.calibrate import MASK_NAMES, Collector, Moments, groups, token_mask, token_rows
 from lrcompile.graphs.base import Inputs
-from lrcompile.graphs.onnx.raising import Match
+from lrcompile.graphs.onnx.match import Match
 from lrcompile.graphs.onnx.session import Session, ahead, runnable, workers
 from lrcompile.memory import release
 from lrcompile.sites import LinearSite
+from lrcompile.windows import patches, positions, sizes
 
 OBSERVED = 16 * 2**20
 """Bytes of values that one run may return; batches are cut to what fits."""
@@ -85,8 +87,8 @@ def _collect(collector: Collector, values: Inputs, batch: Inputs, readers: Mappi
     mask = token_mask(tensors_of(batch))
     for key, matches in readers.items():
         for match in matches:
-            rows = site_rows(tensor_of(values[str(match.source.name)]), match, mask)
-            collector.add(key, rows, count)
+            rows, seen = site_rows(tensor_of(values[str(match.source.name)]), match, mask)
+            collector.add(key, rows, count, seen)
     return sum(array.nbytes for array in values.values())
 
 
@@ -94,12 +96,17 @@ def samples_in(batch: Inputs) -> int:
     return max((len(array) for array in batch.values() if array.ndim), default=1)
 
 
-def site_rows(value: Tensor, match: Match, mask: Tensor | None) -> Tensor:
-    """The vectors (tokens, in) that a match multiplies; padding left out."""
-    if match.window is not None:
-        index = (slice(None), slice(None), *(slice(None, None, step) for step in match.window.strides))
-        value = value[index]
-    return token_rows(value, mask, channel_axis=match.axis)
+def site_rows(value: Tensor, match: Match, mask: Tensor | None) -> tuple[Tensor, int]:
+    """The vectors (tokens, in) that a match multiplies, padding left out, and how many there are in all.
+
+    Of the patches of a window only some are taken.
+    """
+    window = match.window
+    if window is None or window.pointwise:
+        value = value if window is None else positions(value, window)
+        rows = token_rows(value, mask, channel_axis=match.axis)
+        return rows, len(rows)
+    return patches(value, window), len(value) * prod(sizes(value, window))
 
 
 class Cutter:

@@ -17,14 +17,15 @@ from torch import Tensor
 from lrcompile.calibrate import token_mask
 from lrcompile.graphs.base import Inputs, Outputs, Replacement
 from lrcompile.graphs.onnx.constants import constant
+from lrcompile.graphs.onnx.match import Match
 from lrcompile.graphs.onnx.observe import Cutter, session_with, tensor_of, tensors_of
-from lrcompile.graphs.onnx.raising import Match
 from lrcompile.graphs.onnx.session import Session, ahead, workers
 from lrcompile.graphs.onnx.splice import Splicer, Tape, add_bias
 from lrcompile.graphs.onnx.tensors import from_torch
 from lrcompile.linop import LinearOperator, apply, densify
 from lrcompile.memory import release
 from lrcompile.sites import LinearSite
+from lrcompile.windows import convolve
 
 TOGETHER = 6
 """Sites that are probed between two runs of what lies before them."""
@@ -204,12 +205,12 @@ def _delta(value: Tensor, match: Match, before: LinearOperator, change: Replacem
     """What the replacement adds to the root, given what the match reads."""
     value = value.float()
     if match.window is not None:
-        value = value[(slice(None), slice(None), *(slice(None, None, step) for step in match.window.strides))]
+        delta = convolve(change.operator, value, match.window) - convolve(before, value, match.window)
+        shift = None if change.shift is None else change.shift.to(delta).reshape(-1, *[1] * match.window.rank)
+        return delta if shift is None else delta + shift
     moved = value.movedim(match.axis, -1)
     delta = apply(change.operator, moved) - apply(before, moved)
-    if change.shift is not None:
-        delta = delta + change.shift.to(delta.dtype)
-    return delta if match.axis == 0 else delta.movedim(-1, match.axis)
+    return delta if change.shift is None else delta + change.shift.to(delta)
 
 
 def _suffix_session(
@@ -235,14 +236,15 @@ def _replaced_session(model: ir.Model, matches: tuple[Match, ...], change: Repla
 
 def _dense_chain(tape: Tape, match: Match, source: ir.Value, change: Replacement, splicer: Splicer) -> ir.Value:
     """The replaced map as a single MatMul, or Conv where it has a window."""
-    matrix = densify(change.operator)
-    if match.window is not None:
-        shaped = matrix.reshape(*matrix.shape, *match.window.kernel).contiguous()
+    matrix, window = densify(change.operator), match.window
+    if window is not None:
+        shaped = matrix.unflatten(-1, (-1, *window.kernel)).contiguous()
         weight = tape.constant(from_torch(shaped, "probe.weight"), "probe.weight")
-        result = tape.op("Conv", [source, weight], [ir.AttrInt64s("strides", match.window.strides)])
+        geometry = {"strides": window.strides, "pads": window.pads, "dilations": window.dilations}
+        result = tape.op("Conv", [source, weight], [ir.AttrInt64s(*pair) for pair in geometry.items()])
     else:
         weight = tape.constant(from_torch(matrix.T.contiguous(), "probe.weight"), "probe.weight")
         if match.axis == 0:
             source = tape.op("Transpose", [source], [ir.AttrInt64s("perm", [1, 0])])
         result = tape.op("MatMul", [source, weight])
-    return add_bias(tape, match, result, change.shift, splicer)
+    return add_bias(tape, match, result, splicer.shift(match, change.shift), splicer)

@@ -2,65 +2,41 @@
 
 ``Raiser.sites()`` walks the nodes backwards, so that the last node of an expression is met
 first; what it absorbs is not matched again. An interior value that somebody else reads, or
-that is an output of the graph, ends an expression.
+that is an output of the graph, ends an expression. Constants that are added on the way through
+become an offset at its end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
 from lrcompile.errors import InvalidInputError
+from lrcompile.graphs.onnx import after
+from lrcompile.graphs.onnx.computed import packed_blocks, quantized_kernel
 from lrcompile.graphs.onnx.constants import FLOATS, Constants, constant, integers, origin
+from lrcompile.graphs.onnx.match import MAX_NODES, Match, describe, has_weight, path_dtype, private, together
 from lrcompile.graphs.onnx.tensors import to_torch
 from lrcompile.linop import (
     BlockSparse,
     Dense,
-    Diagonal,
+    Identity,
+    Kron,
     LinearOperator,
     Product,
-    Quantized,
     Scaled,
-    Select,
-    SemiSparse,
-    Stack,
-    Sum,
+    apply,
     as_scale,
     leaves,
-    tensors,
+    simplify,
 )
 from lrcompile.sites import Window
 
-MAX_NODES = 64
-"""An expression stops growing here, so that a long chain of scales stays linear in cost."""
-
-
-@dataclass(frozen=True, eq=False)
-class Match:
-    """A linear map that a few nodes compute.
-
-    ``root = operator(source) (+ bias)``; ``axis`` is the channel axis of ``source``: -1, 1 for
-    a convolution, 0 where a Gemm reads its input by columns.
-    """
-
-    source: ir.Value
-    root: ir.Value
-    operator: LinearOperator
-    nodes: tuple[ir.Node, ...]
-    weight: ir.Value | None = None
-    kind: str = "MatMul"
-    axis: int = -1
-    window: Window | None = None
-    bias: ir.Value | None = None  # inside the last node (Gemm's C, Conv's B)
-    beta: float = 1.0
-    adder: ir.Node | None = None  # a following Add of a constant vector
-
-
-def _private(value: ir.Value) -> bool:
-    return len(value.uses()) == 1 and not value.is_graph_output()
+__all__ = ["Match", "Raiser", "describe", "path_dtype"]
 
 
 class Raiser:
@@ -82,7 +58,7 @@ class Raiser:
             if id(node) in absorbed or len(node.outputs) != 1:
                 continue
             match = self.match(node.outputs[0])
-            if match is not None and _has_weight(match.operator):
+            if match is not None and has_weight(match.operator):
                 absorbed.update(map(id, match.nodes))
                 found.append(_with_adder(match))
         return found[::-1]
@@ -103,22 +79,45 @@ class Raiser:
             return None
 
     def inner(self, value: ir.Value | None) -> Match | None:
-        """The linear map before ``value``, where nobody else reads the value."""
-        if value is None or not _private(value):
+        """The linear map before ``value``, where nobody else reads the value and no constant is added."""
+        match = self._before(value)
+        return None if match is None or match.bias is not None or match.offset is not None else match
+
+    def affine(self, value: ir.Value | None) -> Match | None:
+        """The linear map before ``value``; what it adds is an offset then, and no bias any more."""
+        match = self._before(value)
+        if match is None and value is not None and private(value):
+            match = self._before_adder(value)
+        if match is None or match.bias is None:
+            return match
+        added = _vector(match.bias, match.operator.shape[0])
+        if added is None:
+            return None
+        offset = together(match.offset, added.double() * match.beta)
+        return replace(match, bias=None, beta=1.0, adder=None, offset=offset)
+
+    def _before(self, value: ir.Value | None) -> Match | None:
+        if value is None or not private(value):
             return None
         match = self.match(value)
-        if match is None or match.bias is not None or len(match.nodes) > MAX_NODES:
+        return None if match is None or match.refused or len(match.nodes) > MAX_NODES else match
+
+    def _before_adder(self, value: ir.Value) -> Match | None:
+        """A map that a following Add gives its bias, with that Add among its nodes."""
+        node = value.producer()
+        if node is None or (node.domain, node.op_type) != ("", "Add"):
             return None
-        return match
-
-
-def _has_weight(operator: LinearOperator) -> bool:
-    return any(isinstance(leaf, BlockSparse | Dense | Quantized | SemiSparse) for leaf in leaves(operator))
+        for inner in node.inputs[:2]:
+            match = self._before(inner)
+            match = None if match is None else _with_adder(match)
+            if match is not None and match.adder is node:
+                return replace(match, root=value, nodes=(*match.nodes, node))
+        return None
 
 
 def _with_adder(match: Match) -> Match:
     """Finds the bias that a following Add brings."""
-    if match.bias is not None or not _private(match.root):
+    if match.bias is not None or not private(match.root):
         return match
     ((node, _),) = match.root.uses()
     if (node.domain, node.op_type) != ("", "Add") or len(node.inputs) != 2 or match.axis == 1:
@@ -132,21 +131,64 @@ def _with_adder(match: Match) -> Match:
     return replace(match, adder=node, bias=other)
 
 
+def _vector(value: ir.Value, size: int) -> Tensor | None:
+    """A constant that is added to every channel vector, (size,)."""
+    tensor = constant(value)
+    if tensor is None or (tensor.size != 1 and (tensor.size != size or tensor.shape[-1] != size)):
+        return None
+    return to_torch(tensor).reshape(-1).expand(size)
+
+
 def _chain(raiser: Raiser, source: ir.Value, match: Match) -> Match:
     """Puts what comes before ``source`` into the match, where it is linear too."""
-    before = raiser.inner(source)
+    before = raiser.affine(source)
     if before is None or before.axis != match.axis:
         return match
-    if match.window is not None and any(stride != 1 for stride in match.window.strides):
+    joined = _joined(match, before)
+    if joined is None:
         return match
+    operator, window = joined
+    offset = match.offset
+    if before.offset is not None:
+        wide = before.offset.double().repeat_interleave(match.window.places if match.window else 1)
+        offset = together(offset, apply(match.operator, wide))
     return replace(
         match,
         source=before.source,
-        operator=Product(match.operator, before.operator),
+        operator=operator,
         nodes=(*before.nodes, *match.nodes),
         weight=match.weight or before.weight,
-        window=before.window,
+        window=window,
+        offset=offset,
     )
+
+
+def _joined(match: Match, before: Match) -> tuple[LinearOperator, Window | None] | None:
+    """The product of a map and the one before it, and its window, where the two are one map."""
+    if match.window is None or before.window is None:
+        return (Product(match.operator, before.operator), None) if match.window is before.window else None
+    if match.window.pointwise and not match.window.strided:
+        return Product(match.operator, before.operator), before.window
+    if before.offset is not None and any(match.window.pads):
+        return None  # nothing is added to the zeros around the image
+    window = _one_after_the_other(before.window, match.window)
+    if window is None:
+        return None
+    kept = Kron(before.operator, Identity(match.window.places))
+    return Product(match.operator, simplify(kept) if match.window.places == 1 else kept), window
+
+
+def _one_after_the_other(first: Window, second: Window) -> Window | None:
+    """The window that two make together, where each has axes of its own and ``first`` the leading ones."""
+    axes = zip(first.kernel, second.kernel, strict=True)
+    rank = first.rank
+    whole = Window(
+        tuple(a * b for a, b in axes),
+        tuple(a * b for a, b in zip(first.strides, second.strides, strict=True)),
+        tuple(a + b for a, b in zip(first.pads, second.pads, strict=True)),
+        tuple(max(a, b) for a, b in zip(first.dilations, second.dilations, strict=True)),
+    )
+    return whole if rank == second.rank and whole.split(second.places) == (first, second) else None
 
 
 def _matmul(raiser: Raiser, node: ir.Node) -> Match | None:
@@ -184,145 +226,88 @@ def _scaled(operator: LinearOperator, factor: float) -> LinearOperator:
 
 
 def _conv(raiser: Raiser, node: ir.Node) -> Match | None:
-    """A convolution with a 1×1 kernel; anything wider is not a matrix on the channels."""
+    """A convolution is a matrix on the patches that its window reads."""
     source, weight = node.inputs[:2]
-    shape, operator = _kernel(raiser, weight)
-    if source is None or weight is None or operator is None or any(size != 1 for size in shape[2:]):
+    groups = node.attributes.get_int("group", 1)
+    shape, operator = _kernel(raiser, weight, groups)
+    if source is None or weight is None or operator is None or constant(source) is not None:
         return None
-    attributes = node.attributes
-    pads = attributes.get("pads")
-    padded = (pads is not None and any(pads.as_ints())) or attributes.get_string("auto_pad", "NOTSET") != "NOTSET"
-    if attributes.get_int("group", 1) != 1 or padded:
+    window, refused = _window(node, shape[2:])
+    if window is None:
         return None
-    strides = attributes.get("strides")
-    window = Window(shape[2:], tuple(strides.as_ints()) if strides is not None else (1,) * len(shape[2:]))
-    if len(window.strides) != window.rank:
-        return None
+    if groups != 1:
+        refused = f"a convolution in {groups} groups"
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    match = Match(source, node.outputs[0], operator, (node,), weight, "Conv", 1, window, bias=bias)
-    return _chain(raiser, source, match)
+    match = Match(source, node.outputs[0], operator, (node,), weight, "Conv", 1, window, bias=bias, refused=refused)
+    return match if refused else _chain(raiser, source, match)
 
 
-def _kernel(raiser: Raiser, weight: ir.Value | None) -> tuple[tuple[int, ...], LinearOperator | None]:
-    """Shape of a kernel, and the matrix that it is where its window is a single place."""
+def _window(node: ir.Node, kernel: tuple[int, ...]) -> tuple[Window | None, str]:
+    """The geometry of a Conv node, and why it cannot be rewritten where that is so."""
+    rank = len(kernel)
+
+    def numbers(name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        attribute = node.attributes.get(name)
+        return tuple(attribute.as_ints()) if attribute is not None else default
+
+    strides, dilations = numbers("strides", (1,) * rank), numbers("dilations", (1,) * rank)
+    pads = numbers("pads", (0, 0) * rank)
+    automatic = node.attributes.get_string("auto_pad", "NOTSET")
+    refused = ""
+    if automatic.startswith("SAME"):
+        if any(step != 1 for step in strides):
+            refused = f"its padding depends on the size of the image (auto_pad {automatic}, steps above 1)"
+        total = [(size - 1) * spread for size, spread in zip(kernel, dilations, strict=True)]
+        less, more = [size // 2 for size in total], [size - size // 2 for size in total]
+        pads = (*less, *more) if automatic == "SAME_UPPER" else (*more, *less)
+    if len(strides) != rank or len(pads) != 2 * rank or len(dilations) != rank or min(pads, default=0) < 0:
+        return None, ""
+    return Window(kernel, strides, pads if any(pads) else (), dilations), refused
+
+
+def _kernel(raiser: Raiser, weight: ir.Value | None, groups: int) -> tuple[tuple[int, ...], LinearOperator | None]:
+    """Shape of a kernel, and the matrix (out, in * places) that it is; groups stand on its diagonal."""
     tensor = constant(weight)
     if tensor is not None and len(tensor.shape) >= 3 and tensor.dtype in FLOATS:
         shape = tuple(tensor.shape.numpy())
-        single = all(size == 1 for size in shape[2:])
-        return shape, raiser.constants.matrix(to_torch(tensor).reshape(shape[:2])) if single else None
-    node = None if weight is None else weight.producer()
-    if node is None or (node.domain, node.op_type) != ("", "Reshape") or node.inputs[0] is None:
+        if groups == 1:
+            return shape, raiser.constants.matrix(to_torch(tensor).reshape(shape[0], -1))
+        if groups < 1 or shape[0] % groups:
+            return (), None
+        diagonal = torch.arange(groups)
+        return shape, BlockSparse(
+            to_torch(tensor).reshape(groups, shape[0] // groups, -1), diagonal, diagonal, (groups, groups)
+        )
+    node = None if weight is None or groups != 1 else weight.producer()
+    if node is None or node.domain or node.op_type not in ("Reshape", "DequantizeLinear") or node.inputs[0] is None:
         return (), None
+    if node.op_type == "DequantizeLinear":
+        shape, codes = quantized_kernel(node)
+        return shape, raiser.constants.once(weight, lambda: codes) if weight is not None else None
     wanted, operator = integers(node.inputs[1]), raiser.constants.operator(node.inputs[0], transposed=False)
-    if wanted is None or operator is None or tuple(wanted[:2].tolist()) != operator.shape or len(wanted) < 3:
+    if wanted is None or operator is None or len(wanted) < 3 or int(wanted[0]) != operator.shape[0]:
         return (), None
-    return tuple(wanted.tolist()), operator
+    return (tuple(wanted.tolist()), operator) if int(wanted[1:].prod()) == operator.shape[1] else ((), None)
 
 
-def _add(raiser: Raiser, node: ir.Node) -> Match | None:
-    """Two linear maps of one value: an un-merged adapter, or a sum that was lowered."""
-    left, right = raiser.inner(node.inputs[0]), raiser.inner(node.inputs[1])
-    if left is None or right is None or left.source is not right.source or left.axis != right.axis:
+def _matmul_nbits(raiser: Raiser, node: ir.Node) -> Match | None:
+    """ONNX Runtime's product with packed codes in blocks."""
+    source, weight = node.inputs[:2]
+    if source is None or weight is None or constant(source) is not None:
         return None
-    if left.operator.shape != right.operator.shape or not _same_window(left, right):
+    operator = raiser.constants.once(weight, lambda: packed_blocks(node))
+    if operator is None:
         return None
-    terms = _terms(left.operator) + _terms(right.operator)
-    nodes = (*left.nodes, *right.nodes, node)
-    return replace(left, root=node.outputs[0], operator=Sum(terms), nodes=nodes)
+    bias = node.inputs[5] if len(node.inputs) > 5 else None
+    return _chain(raiser, source, Match(source, node.outputs[0], operator, (node,), weight, "MatMulNBits", bias=bias))
 
 
-def _same_window(left: Match, right: Match) -> bool:
-    if left.window is None or right.window is None:
-        return left.window is right.window
-    return left.window.strides == right.window.strides
+Rule = Callable[[Raiser, ir.Node], Match | None]
 
-
-def _terms(operator: LinearOperator) -> tuple[LinearOperator, ...]:
-    return operator.terms if isinstance(operator, Sum) else (operator,)
-
-
-def _mul(raiser: Raiser, node: ir.Node) -> Match | None:
-    """A constant scale after a linear map: one number, or one per channel."""
-    for value, other in (node.inputs[:2], node.inputs[1::-1]):
-        tensor = constant(other)
-        if tensor is None:
-            continue
-        match = raiser.inner(value)
-        operator = None if match is None else _rescaled(match, to_torch(tensor))
-        if match is None or operator is None:
-            return None
-        return replace(match, root=node.outputs[0], operator=operator, nodes=(*match.nodes, node))
-    return None
-
-
-def _rescaled(match: Match, scale: torch.Tensor) -> LinearOperator | None:
-    """The map times a number (0-d), or times a vector along its channels."""
-    if scale.ndim == 0:
-        return Scaled(scale, match.operator)
-    spatial = 0 if match.window is None else match.window.rank
-    if tuple(scale.shape) == (match.operator.shape[0], *[1] * spatial):
-        return Product(Diagonal(scale.reshape(-1)), match.operator)
-    return Scaled(scale.reshape(()), match.operator) if tuple(scale.shape) == (1,) else None
-
-
-def _gather(raiser: Raiser, node: ir.Node) -> Match | None:
-    """Channels picked from the output of a linear map."""
-    indices = integers(node.inputs[1])
-    match = raiser.inner(node.inputs[0])
-    if indices is None or indices.ndim != 1 or match is None or not _along_channels(node, match):
-        return None
-    size = match.operator.shape[0]
-    if indices.numel() and (int(indices.min()) < -size or int(indices.max()) >= size):
-        return None
-    if (indices < 0).any():
-        indices = torch.where(indices < 0, indices + size, indices)
-    operator = Product(Select(indices, size), match.operator)
-    return replace(match, root=node.outputs[0], operator=operator, nodes=(*match.nodes, node))
-
-
-def _along_channels(node: ir.Node, match: Match) -> bool:
-    """Whether the node's ``axis`` is the channel axis of what the match computes."""
-    axis = node.attributes.get_int("axis", 0)
-    if match.window is not None:
-        return axis == 1
-    shape = match.root.shape or node.outputs[0].shape  # of equal rank
-    return axis == -1 or (shape is not None and axis == len(shape) - 1)
-
-
-def _concat(raiser: Raiser, node: ir.Node) -> Match | None:
-    """Linear maps of one value, side by side."""
-    parts = [raiser.inner(value) for value in node.inputs]
-    matches = [part for part in parts if part is not None]
-    first = matches[0] if matches else None
-    if first is None or len(matches) != len(parts) or not _along_channels(node, first):
-        return None
-    if any(part.source is not first.source or part.axis != first.axis for part in matches):
-        return None
-    if any(not _same_window(part, first) for part in matches):
-        return None
-    nodes = tuple(inner for part in matches for inner in part.nodes)
-    operator = Stack(tuple(part.operator for part in matches))
-    return replace(first, root=node.outputs[0], operator=operator, nodes=(*nodes, node))
-
-
-_RULES: dict[tuple[str, str], tuple[Callable[[Raiser, ir.Node], Match | None], int]] = {
+_RULES: dict[tuple[str, str], tuple[Rule, int]] = {
     ("", "MatMul"): (_matmul, 2),  # with the number of inputs that it needs
     ("", "Gemm"): (_gemm, 2),
     ("", "Conv"): (_conv, 2),
-    ("", "Add"): (_add, 2),
-    ("", "Mul"): (_mul, 2),
-    ("", "Gather"): (_gather, 2),
-    ("", "Concat"): (_concat, 1),
+    ("com.microsoft", "MatMulNBits"): (_matmul_nbits, 3),
+    **after.RULES,
 }
-
-
-def path_dtype(match: Match) -> torch.dtype:
-    """The type of what flows through a match, which is the type of its weights."""
-    stored = [tensor for _, tensor in tensors(match.operator) if tensor.is_floating_point()]
-    return next((tensor.dtype for tensor in stored if tensor.ndim > 0), torch.float32)
-
-
-def describe(match: Match) -> str:
-    """The operator types that a site is written with, for reports."""
-    kinds = dict.fromkeys(node.op_type for node in match.nodes)
-    return "+".join(kinds)

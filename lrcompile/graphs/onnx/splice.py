@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from lrcompile.graphs.onnx.constants import constant
+from lrcompile.graphs.onnx.match import Match, path_dtype, private, together
 from lrcompile.graphs.onnx.naming import unique
-from lrcompile.graphs.onnx.raising import Match, path_dtype
 from lrcompile.graphs.onnx.tensors import from_torch, to_torch
 
 Emit = Callable[["Tape", Match, ir.Value], ir.Value]
 """Computes the match's root (bias of the last node included) from its source in the clone."""
+
+
+SOURCE = "pkg.torch.onnx.fx_node"
+"""Metadata that quotes the whole line that a node was exported from: untrue of the nodes that take its place."""
 
 
 @dataclass(eq=False)
@@ -34,15 +38,13 @@ class Tape:
     nodes: list[ir.Node] = field(default_factory=list)
 
     def op(
-        self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Iterable[ir.Attr] = (), *, outputs: int = 1
+        self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Iterable[ir.Attr] = (), *, domain: str = ""
     ) -> ir.Value:
-        """Appends a standard operator and returns its first output."""
+        """Appends an operator with one output and returns that."""
         label = unique(f"{self.prefix}/{op_type}", self.taken, "_")
-        node = ir.Node(
-            "", op_type, inputs, list(attributes), num_outputs=outputs, name=label, metadata_props=dict(self.metadata)
-        )
-        for index, value in enumerate(node.outputs):
-            value.name = unique(f"{label}_output" if index == 0 else f"{label}_output_{index}", self.taken, "_")
+        metadata = dict(self.metadata)
+        node = ir.Node(domain, op_type, inputs, list(attributes), name=label, metadata_props=metadata)
+        node.outputs[0].name = unique(f"{label}_output", self.taken, "_")
         self.nodes.append(node)
         return node.outputs[0]
 
@@ -75,6 +77,8 @@ class Splicer:
         self.graph = clone
         self.taken = _names(clone)
         self._biases: dict[tuple, ir.Value] = {}
+        self._shifts: dict[tuple, Tensor] = {}
+        self._added: list[ir.Node] = []
         self._nodes = {id(a): b for a, b in zip(original, clone, strict=True)}
         self._values: dict[int, ir.Value] = {}
         for a, b in zip(original.inputs, clone.inputs, strict=True):
@@ -96,12 +100,14 @@ class Splicer:
     def replace(self, match: Match, emit: Emit, prefix: str) -> None:
         """Replaces the nodes of a match by what ``emit`` records."""
         last = self.node(match.nodes[-1])
-        tape = Tape(self.graph, prefix, self.taken, dict(last.metadata_props))
+        metadata = {key: text for key, text in last.metadata_props.items() if key != SOURCE}
+        tape = Tape(self.graph, prefix, self.taken, metadata)
         old = self.value(match.root)
         new = emit(tape, match, self.value(match.source))
         if not tape.nodes or new is not tape.nodes[-1].outputs[0]:
             new = tape.op("Identity", [new])  # computed elsewhere already, under a name of its own
         self.graph.insert_before(last, tape.nodes)
+        self._added.extend(tape.nodes)
         new.type, new.shape = old.type, old.shape
         name = old.name
         old.replace_all_uses_with(new, replace_graph_outputs=True)
@@ -122,6 +128,15 @@ class Splicer:
         tape = Tape(self.graph, prefix, self.taken)
         clone.replace_input_with(index, self.bias(tape, match, shift))
 
+    def shift(self, match: Match, shift: Tensor | None) -> Tensor | None:
+        """What a match adds besides its bias: constants further inside, and the shift of its replacement."""
+        if match.offset is None:
+            return shift
+        key = (id(match.offset), None if shift is None else id(shift))
+        if key not in self._shifts:
+            self._shifts[key] = together(match.offset, shift)  # type: ignore[assignment]
+        return self._shifts[key]
+
     def bias(self, tape: Tape, match: Match, shift: Tensor | None) -> ir.Value:
         """A constant that holds what the match adds (Gemm's ``beta`` included) and the shift, stored once.
 
@@ -139,6 +154,27 @@ class Splicer:
             shaped = total.reshape(-1, *[1] * rank) if rank else total
             self._biases[key] = tape.constant(from_torch(shaped.contiguous()), f"{tape.prefix}.bias")
         return self._biases[key]
+
+    def inline_biases(self) -> None:
+        """Gives convolutions that were added the bias that an Add behind them brings."""
+        for node in self._added:
+            add = node if (node.domain, node.op_type) == ("", "Add") and node.graph is not None else None
+            conv = None if add is None or add.inputs[0] is None else add.inputs[0].producer()
+            if add is None or conv is None or conv.op_type != "Conv" or len(conv.inputs) != 2:
+                continue
+            held = None if add.inputs[1] is None else constant(add.inputs[1])
+            kernel = conv.inputs[1].shape if conv.inputs[1] is not None else None
+            if held is None or kernel is None or not private(conv.outputs[0]) or held.size != kernel[0]:
+                continue
+            vector = from_torch(to_torch(held).reshape(-1))
+            tape = Tape(self.graph, str(add.inputs[1].name), self.taken)  # type: ignore[union-attr]
+            conv.resize_inputs(3)
+            conv.replace_input_with(2, tape.constant(vector, tape.prefix))
+            old, new = add.outputs[0], conv.outputs[0]
+            name, new.type, new.shape = old.name, old.type, old.shape
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+            self.graph.remove(add, safe=True)
+            old.name, new.name = f"{name}/replaced", name
 
     def drop_unused(self) -> None:
         """Removes nodes and initializers that nobody reads any more."""

@@ -1,0 +1,260 @@
+"""The captured graph: which placeholders are weights of linear maps, and the graph with expressions in their place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from lrcompile.graphs.structured import affine, strided
+from lrcompile.linop import Dense, LinearOperator, Product, Scaled, Sum, rebuild, structure, tensors
+
+linear: Any = torch._C._nn.linear  # pyright: ignore[reportAttributeAccessIssue] - what torch captures for F.linear
+LINEAR = (linear, functional.linear, torch.ops.aten.linear.default)
+PRODUCTS = (torch.matmul, torch.mm, torch.ops.aten.mm.default, torch.ops.aten.matmul.default)
+ADDMM = (torch.addmm, torch.ops.aten.addmm.default)
+CONVS = (torch.conv1d, torch.conv2d, torch.conv3d)
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One node that multiplies by a weight; ``kind`` says how that is stored (see :class:`lrcompile.plan.Entry`)."""
+
+    node: fx.Node
+    kind: str
+    input: Any
+    bias: Any = None
+    stride: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Marked:
+    """A placeholder that is the weight of linear maps of one kind.
+
+    Attributes:
+        index: among the placeholders.
+        whole: nothing else reads it, so that it is not needed where all uses are rewritten.
+        source: what torch calls it.
+    """
+
+    index: int
+    name: str
+    kind: str
+    whole: bool
+    source: str
+
+
+def mark(graph: fx.Graph, inputs: Sequence[Any]) -> list[Marked]:
+    """The placeholders that hold weights of linear maps."""
+    found = []
+    for index, (node, value) in enumerate(zip(graph.find_nodes(op="placeholder"), inputs, strict=True)):
+        if not is_weight(value):
+            continue
+        uses = [use_of(user, node) for user in node.users]
+        kinds = {use.kind for use in uses if use is not None}
+        if len(kinds) == 1:
+            source = getattr(node, "_dynamo_source", None)
+            title = source.name if source is not None else node.name
+            found.append(Marked(index, node.name, kinds.pop(), None not in uses, title))
+    return found
+
+
+def is_weight(value: Any) -> bool:
+    """A tensor that the module holds, as opposed to one that a caller passes."""
+    held = isinstance(value, torch.nn.Parameter) or getattr(value, "_dynamo_static_input_type", None) is not None
+    return held and isinstance(value, Tensor) and value.ndim >= 2 and value.is_floating_point()
+
+
+def use_of(node: fx.Node, weight: fx.Node) -> Use | None:
+    """How a node uses a weight as a linear map; None where it does something else with it."""
+    if node.op != "call_function" or sum(arg is weight for arg in node.all_input_nodes) != 1:
+        return None
+    args, target = node.args, node.target
+    if target in LINEAR:
+        given = _named(node, ("input", "weight", "bias"))
+        return Use(node, "Linear", given["input"], given.get("bias")) if given.get("weight") is weight else None
+    if target in PRODUCTS and len(args) == 2 and args[1] is weight and _is_matrix(weight):
+        return Use(node, "Conv1D", args[0])
+    if target in ADDMM and len(args) == 3 and not node.kwargs and args[2] is weight:
+        return Use(node, "Conv1D", args[1], args[0]) if _is_vector(args[0]) else None
+    return _pointwise(node, weight) if target in CONVS else None
+
+
+def _named(node: fx.Node, names: Sequence[str]) -> dict[str, Any]:
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _pointwise(node: fx.Node, weight: fx.Node) -> Use | None:
+    given = _named(node, ("input", "weight", "bias", "stride", "padding", "dilation", "groups"))
+    value = _example(weight)
+    axes = 0 if value is None else value.ndim - 2
+    if (
+        value is None
+        or given.get("weight") is not weight
+        or not axes
+        or any(int(size) != 1 for size in value.shape[2:])
+    ):
+        return None
+    padding, stride = given.get("padding", 0), given.get("stride", 1)
+    none = padding in ("valid", "same") or all(amount == 0 for amount in _each(padding, axes))
+    if given.get("groups", 1) != 1 or not none or (padding == "same" and any(s != 1 for s in _each(stride, axes))):
+        return None
+    return Use(node, "Conv", given["input"], given.get("bias"), _each(stride, axes))
+
+
+def _each(value: Any, axes: int) -> tuple[int, ...]:
+    found = tuple(value) if isinstance(value, tuple | list) else (value,)
+    return found * axes if len(found) == 1 else found
+
+
+def _example(node: Any) -> Any:
+    meta = getattr(node, "meta", {})
+    return meta.get("example_value", meta.get("val"))
+
+
+def _is_matrix(node: fx.Node) -> bool:
+    value = _example(node)
+    return value is not None and value.ndim == 2
+
+
+def _is_vector(node: Any) -> bool:
+    value = _example(node)
+    return value is not None and value.ndim == 1
+
+
+# -- rewriting ---------------------------------------------------------------------------------
+
+
+def copied(graph: fx.Graph) -> fx.Graph:
+    """A copy without what torch keeps for itself in the nodes, real tensors above all."""
+    new = fx.Graph()
+    result = new.graph_copy(graph, {})
+    new.output(result)
+    for node in new.nodes:
+        for key in ("grapharg", "tensor_dict"):
+            node.meta.pop(key, None)
+    return new
+
+
+@dataclass(frozen=True)
+class Form:
+    """What stands for one weight in a variant: no tensors, so that equal forms share compiled code.
+
+    Attributes:
+        text: structure of the expression, as JSON.
+        paths: of its tensors.
+        leaves: for each of them, which of the variant's leaves it is.
+        shift: which leaf the bias gains; None without.
+    """
+
+    text: str
+    paths: tuple[str, ...]
+    leaves: tuple[int, ...]
+    shift: int | None
+
+
+class Leaves:
+    """Tensors in order, each object once."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self._numbers: dict[int, int] = {}
+
+    def number(self, tensor: Tensor) -> int:
+        """Which one it is; a new one is added."""
+        found = self._numbers.setdefault(id(tensor), len(self.tensors))
+        if found == len(self.tensors):
+            self.tensors.append(tensor)
+        return found
+
+    def form(self, operator: LinearOperator, shift: Tensor | None) -> Form:
+        """The form of an expression over these leaves."""
+        found = list(tensors(operator))
+        numbers = tuple(self.number(tensor) for _, tensor in found)
+        last = None if shift is None else self.number(shift)
+        return Form(json.dumps(structure(operator)), tuple(path for path, _ in found), numbers, last)
+
+
+def rewrite(graph: fx.Graph, marked: Sequence[Marked], forms: Sequence[Form | None], leaves: Sequence[Tensor]) -> None:
+    """Puts expressions in the place of weights; leaves become placeholders behind the others."""
+    holders = {node.name: node for node in graph.find_nodes(op="placeholder")}
+    anchor = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(anchor):
+        inputs = [graph.placeholder(f"lrcompile_leaf_{index}") for index in range(len(leaves))]
+    for each, one in zip(marked, forms, strict=True):
+        if one is None:
+            continue
+        weight = holders[each.name]
+        for use in [use_of(user, weight) for user in list(weight.users)]:
+            if use is not None:
+                _replace(graph, use, one, inputs, leaves)
+        if not weight.users:
+            graph.erase_node(weight)
+
+
+def _replace(graph: fx.Graph, use: Use, one: Form, inputs: list[fx.Node], leaves: Sequence[Tensor]) -> None:
+    operator = _operator(one.text, one.paths, tuple(leaves[index] for index in one.leaves))
+    nodes = {id(leaves[index]): inputs[index] for index in one.leaves}
+    with graph.inserting_before(use.node):
+        bias = use.bias
+        if one.shift is not None:
+            shift = inputs[one.shift]
+            bias = shift if bias is None else graph.call_function(torch.add, (bias, shift))
+        if use.stride:
+            args = (use.input, bias, use.stride, one.text, one.paths, *(inputs[index] for index in one.leaves))
+            out = graph.call_function(pointwise, args)
+        else:
+            out = emit(graph, operator, use.input, bias, nodes)
+    use.node.replace_all_uses_with(out)
+    graph.erase_node(use.node)
+
+
+def emit(graph: fx.Graph, op: LinearOperator, x: Any, bias: Any, nodes: dict[int, fx.Node]) -> fx.Node:
+    """Nodes for ``x @ W.T + bias``; an operator without a rule becomes one call that torch traces through."""
+    match op:
+        case Dense(weight=weight):
+            return graph.call_function(linear, (x, nodes[id(weight)], bias))
+        case Product(left=left, right=right):
+            return emit(graph, left, emit(graph, right, x, None, nodes), bias, nodes)
+        case Sum(terms=terms):
+            out = emit(graph, terms[0], x, bias, nodes)
+            for term in terms[1:]:
+                out = graph.call_function(torch.add, (out, emit(graph, term, x, None, nodes)))
+            return out
+        case Scaled(scale=scale, operator=below):
+            out = graph.call_function(torch.mul, (emit(graph, below, x, None, nodes), nodes[id(scale)]))
+            return out if bias is None else graph.call_function(torch.add, (out, bias))
+        case _:
+            own = list(tensors(op))
+            paths = tuple(path for path, _ in own)
+            args = (x, bias, json.dumps(structure(op)), paths, *(nodes[id(tensor)] for _, tensor in own))
+            return graph.call_function(along_last, args)
+
+
+@lru_cache(maxsize=1024)
+def _parsed(text: str) -> Any:
+    return json.loads(text)
+
+
+def _operator(text: str, paths: Sequence[str], values: Sequence[Tensor]) -> LinearOperator:
+    return rebuild(_parsed(text), dict(zip(paths, values, strict=True)))
+
+
+def along_last(x: Tensor, bias: Tensor | None, text: str, paths: Sequence[str], *values: Tensor) -> Tensor:
+    """Any operator on the last axis."""
+    return affine(_operator(text, paths, values), x, bias)
+
+
+def pointwise(
+    x: Tensor, bias: Tensor | None, stride: Sequence[int], text: str, paths: Sequence[str], *values: Tensor
+) -> Tensor:
+    """Any operator on the channels of a convolution with a kernel of one element."""
+    operator, axis = _operator(text, paths, values), -len(stride) - 1
+    moved = strided(x, stride).movedim(axis, -1)
+    return affine(operator, moved, bias).movedim(-1, axis).contiguous()
