@@ -45,13 +45,20 @@ def interval(first: Sequence[float], second: Sequence[float], *, draws: int = 10
     return statistics.median(ratios), medians[int(0.025 * draws)], medians[int(0.975 * draws) - 1]
 
 
-def interleaved(runs: Sequence[Callable[[], object]], seconds: float, *, precision: float = 0.0) -> list[list[float]]:
+def interleaved(
+    runs: Sequence[Callable[[], object]],
+    seconds: float,
+    *,
+    precision: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[list[float]]:
     """Milliseconds of calls that are made in turns of random order; the first of each is not counted.
 
     Args:
         seconds: how long; a little longer where not even six calls fit.
         precision: go on, up to :data:`PATIENCE` times as long, until the interval of the last to the first
             is narrower than this share to each side; 0 stops after ``seconds``.
+        clock: in seconds.
     """
     for run in runs:
         run()
@@ -67,9 +74,9 @@ def interleaved(runs: Sequence[Callable[[], object]], seconds: float, *, precisi
             check = passed * 1.3
         random.shuffle(order)
         for index in order:
-            start = time.perf_counter()
+            start = clock()
             runs[index]()
-            rows[index].append((time.perf_counter() - start) * 1000)
+            rows[index].append((clock() - start) * 1000)
 
 
 def _sharp(rows: Sequence[Sequence[float]], precision: float) -> bool:
@@ -101,10 +108,28 @@ def summary(rows: Sequence[Sequence[float]], threads: int) -> Timing:
 
 
 def time_files(
-    files: Sequence[Path], feeds: Path, *, seconds: float = 4.0, threads: int = 0, precision: float = 0.0
+    files: Sequence[Path],
+    feeds: Path,
+    *,
+    seconds: float = 4.0,
+    threads: int = 0,
+    precision: float = 0.0,
+    busy: bool = False,
 ) -> Timing | None:
-    """Times the files in turns; None where one of them does not run on the CPU."""
-    found = _child(["time", str(feeds), f"{seconds}/{precision}", str(threads), *map(str, files)])
+    """Times the files in turns; None where one of them does not run on the CPU.
+
+    Args:
+        busy: count the processor time of the only thread: the latency of an idle machine, on one that is not.
+    """
+    found = _child(
+        [
+            "busy" if busy and threads == 1 else "time",
+            str(feeds),
+            f"{seconds}/{precision}",
+            str(threads),
+            *map(str, files),
+        ]
+    )
     return None if found is None else summary(found["ms"], threads)
 
 
@@ -138,9 +163,10 @@ def _main(mode: str, feeds: str, seconds: str, threads: str, *files: str) -> Non
         return lambda: session.run(None, own)
 
     runs, rows = [runner(session) for session in sessions], []
-    if mode == "time":
+    if mode in ("time", "busy"):
         wanted, precision = map(float, seconds.split("/"))
-        rows = interleaved(runs, wanted, precision=precision)
+        clock = time.thread_time if mode == "busy" else time.perf_counter
+        rows = interleaved(runs, wanted, precision=precision, clock=clock)
     else:
         for run in runs:
             run()

@@ -121,9 +121,14 @@ def measured(run: Run, built: Runnable, files: AtomicSet | None) -> measure.Timi
             source = _written(run.graph.model, folder / "before.onnx")  # type: ignore[attr-defined]
         batch_file = feeds.stored(batch, folder / "feeds.npz")
         options = run.options
-        precision = PRECISION if run.prices is not None else 0.0
+        priced = run.prices is not None
         return measure.time_files(
-            [source, result], batch_file, seconds=options.seconds, threads=options.threads, precision=precision
+            [source, result],
+            batch_file,
+            seconds=options.seconds,
+            threads=options.threads,
+            precision=PRECISION if priced else 0.0,
+            busy=priced,
         )
 
 
