@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lrcompile import outcome, stages
+from lrcompile import costs, outcome, stages, timing
 from lrcompile.budget import COSTS, Budget, quantity
 from lrcompile.choices import Planned
 from lrcompile.errors import GateError, InfeasibleError, LrcompileError, UsageError
@@ -130,7 +130,7 @@ class Pipeline:
 
         run = self._prepare(open_graph(graph), calibration, None, tell, "plan")
         if not self.budget.limited:
-            raise UsageError("a plan needs a limit", hint="give --keep, --bytes, --macs or --drift")
+            raise UsageError("a plan needs a limit", hint="give --keep, --bytes, --macs, --latency or --drift")
         try:
             planned = self._planned(run)
             if self.budget.by_drift:
@@ -180,6 +180,8 @@ class Pipeline:
                 f"{what} needs calibration data",
                 hint="give --calib samples.npz, or --data-free to go without (the result is stamped uncalibrated)",
             )
+        if self.options.costs is not None and self.budget.latency is None:
+            raise UsageError("--costs is of use with --latency only", hint="give --latency 0.8")
         report = stages.new_report(verb, self.options, self.budget)
         run = stages.Run(graph, backend_for(graph), self.options, report, tell or Progress(), data, held)
         stages.describe_before(run)
@@ -230,6 +232,7 @@ class Pipeline:
         if not rewrites:
             built = run.backend.build(run.graph)
             self._check_limits(run, built, None)
+            self._check_latency(run, built, None)
             outcome.conclude(run)
             report.status = "unchanged"
             report.seconds = time.monotonic() - start
@@ -241,6 +244,7 @@ class Pipeline:
         with made_folder(folder) if folder else nullcontext(), files or nullcontext():
             built = run.backend.build(run.graph, out=files)
             self._check_limits(run, built, files)
+            self._check_latency(run, built, files)
             outcome.conclude(run)
             outcome.gate(run, built, self.budget)
             outcome.describe_after(run, built, files)
@@ -255,6 +259,15 @@ class Pipeline:
         room = outcome.missing(run, built, files, self.budget)
         if room.any() and run.planned is not None:
             raise _MissedError(run.planned, room)
+
+    def _check_latency(self, run: stages.Run, built: Runnable, files: AtomicSet | None) -> None:
+        """Measures what was built against a latency budget, and chooses again where it misses."""
+        if run.prices is None or run.planned is None or not run.options.latency:
+            return
+        run.timing = timing.measured(run, built, files)
+        if timing.misses(run, self.budget):
+            run.report.costs["latency"] = costs.to_json(run.prices.table)
+            raise _MissedError(run.planned, np.zeros(len(COSTS)))
 
 
 class _MissedError(Exception):

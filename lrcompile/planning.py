@@ -8,7 +8,7 @@ curve. The scales need no gradients, so every graph that runs has them.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 from lrcompile import cache
 from lrcompile.budget import Budget, quantity
 from lrcompile.calibrate import Moments
-from lrcompile.choices import Allocation, Choice, Offer, Planned, left_out
+from lrcompile.choices import Allocation, Choice, Offer, Planned, Pricing, left_out
 from lrcompile.curves import Curve, measured, probe_batches
 from lrcompile.data import Batches
 from lrcompile.errors import UnsupportedError, UsageError
@@ -144,6 +144,7 @@ def plan(
     came: Cost | None = None,
     now: Cost | None = None,
     sample: Inputs | None = None,
+    price: Callable[[Sequence[LinearSite], Mapping[str, Offer]], Pricing] | None = None,
     tell: Progress | None = None,
 ) -> Planned:
     """Chooses an expression for every site under the budget.
@@ -152,6 +153,7 @@ def plan(
         came: bytes, and multiply–accumulates on ``sample``, of the whole model as it came.
         now: the same of the model as it stands, after exact rewrites; by default as it came.
         sample: one sample; it gives the number of vectors that each site multiplies.
+        price: finds out what everything on offer takes, under a latency budget.
 
     Raises:
         InfeasibleError: the passes offer nothing small enough.
@@ -168,7 +170,9 @@ def plan(
     probes = data is not None and (not gradients.tokens if settings.probes is None else settings.probes)
     run = _Planning(graph, sites, offers, context, data if probes else None, settings, tell)
     came = came or Cost()
-    allocation = Allocation(graph, sites, offers, positions(graph, sites, sample), budget, came, now or came)
+    counts = positions(graph, sites, sample)
+    prices = None if price is None else price(sites, offers)
+    allocation = Allocation(graph, sites, offers, counts, budget, came, now or came, prices)
     curves = _first_curves(run)
 
     def choose(reserve: np.ndarray | None = None) -> list[Choice]:

@@ -40,6 +40,8 @@ class Proposal:
         source: the name of the pass.
         rank: its rank, where it has one.
         tails: error at every rank from 0 on, where the pass knows it; for pictures.
+        form: how it is stored, where a pass has several ways: proposals of one pass, form and shape differ in
+            size only, so what they cost in time is measured at a few sizes.
     """
 
     sites: tuple[str, ...]
@@ -50,6 +52,7 @@ class Proposal:
     source: str = ""
     rank: int | None = None
     tails: Sequence[float] = ()
+    form: str = ""
 
     @cached_property
     def by(self) -> Mapping[str, Replacement]:
@@ -225,6 +228,7 @@ class LinearPass(Pass):
                 lambda by=stored: {site.name: Replacement(by)},
                 label=repr(stored),
                 source=self.name,
+                form=outline(stored),
             )
 
 
@@ -240,6 +244,14 @@ def _like(operator: LinearOperator, site: LinearSite) -> LinearOperator:
         return dataclasses.replace(leaf, **{n: t.to(dtype) for n, t in wide.items()}) if wide else leaf  # type: ignore
 
     return map_leaves(operator, cast)
+
+
+def outline(operator: LinearOperator) -> str:
+    """The types of an expression, without sizes: ``Product(Dense, Dense)``."""
+    from lrcompile.linop.tree import children
+
+    parts = ", ".join(map(outline, children(operator)))
+    return f"{type(operator).__name__}({parts})" if parts else type(operator).__name__
 
 
 def storage_dtype(operator: LinearOperator) -> torch.dtype:

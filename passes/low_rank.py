@@ -104,7 +104,13 @@ class LowRank(LinearPass):
             source=self.name,
             rank=rank,
             tails=tails,
+            form=self._form(site, gauged),
         )
+
+    def _form(self, site: LinearSite, gauged: bool) -> str:
+        if not gauged:
+            return ""
+        return "permuted gauge" if permuted(storage_dtype(site.operator)) else "gauge"
 
     def _analyse(self, site: LinearSite, context: Context) -> Spectrum:
         moments = context.statistics(site)

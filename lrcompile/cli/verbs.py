@@ -102,7 +102,9 @@ def _pipeline(given: dict[str, Any]) -> Any:
     from lrcompile.registry import passes as known
     from lrcompile.rewrite import parse
 
-    limits = {name: given[name] for name in ("keep", "bytes", "macs", "drift") if given.get(name) is not None}
+    limits = {
+        name: given[name] for name in ("keep", "bytes", "macs", "latency", "drift") if given.get(name) is not None
+    }
     budget = Budget(**limits)
     texts = given["passes"] or []
     if texts:
@@ -134,6 +136,10 @@ def _options(given: dict[str, Any]) -> Any:
         force=given.get("force", False),
         force_growth=given.get("force_growth", False),
         latency=given.get("latency_check", True),
+        latency_batch=given["latency_batch"],
+        latency_inputs=given["latency_inputs"],
+        threads=given["threads"],
+        costs=given["costs"],
         settings=settings,
     )
 
