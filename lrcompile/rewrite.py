@@ -201,6 +201,10 @@ class LinearPass(Pass):
         """Cheaper expressions for the site; most users override this one."""
         raise UsageError(f"{self.name}: a linear pass defines propose() or proposals()")
 
+    def concerns(self, site: LinearSite) -> bool:
+        """Whether the site is of a kind that the pass is for; others are not even refused."""
+        return True
+
     def refuse(self, site: LinearSite, context: Context) -> str:
         """Why the pass leaves the site alone; empty where it does not."""
         return ""

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from lrcompile.graphs.structured import affine, strided
-from lrcompile.linop import Dense, LinearOperator, Product, Scaled, Sum, rebuild, structure, tensors
+from lrcompile.linop import Dense, Identity, LinearOperator, Product, Scaled, Stack, Sum, rebuild, structure, tensors
 from lrcompile.sites import Window
 from lrcompile.windows import convolve
 
@@ -236,6 +236,11 @@ def emit(graph: fx.Graph, op: LinearOperator, x: Any, bias: Any, nodes: dict[int
             return out
         case Scaled(scale=scale, operator=below):
             out = graph.call_function(torch.mul, (emit(graph, below, x, None, nodes), nodes[id(scale)]))
+            return out if bias is None else graph.call_function(torch.add, (out, bias))
+        case Identity():
+            return x if bias is None else graph.call_function(torch.add, (x, bias))
+        case Stack(parts=parts):
+            out = graph.call_function(torch.cat, ([emit(graph, part, x, None, nodes) for part in parts], -1))
             return out if bias is None else graph.call_function(torch.add, (out, bias))
         case _:
             own = list(tensors(op))

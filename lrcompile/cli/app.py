@@ -163,6 +163,34 @@ def verify(
     shell.verb("verify", lambda _: verbs.verify(a, b, eval, max_drift, metric), json=json, debug=debug)
 
 
+@app.command()
+def deploy(
+    model: Model,
+    to: Annotated[str, typer.Option("--to", help="c: plain C and firmware for a microcontroller")],
+    output: Annotated[str, typer.Option("-o", "--output", help="folder of the files")],
+    target: Annotated[str, typer.Option("--target", help="cortex-m4, cortex-m7 or cortex-m33")] = "cortex-m7",
+    ram: Annotated[str | None, typer.Option("--ram", help="RAM for arena, stack, inputs, outputs: 64KB")] = None,
+    flash: Annotated[str | None, typer.Option("--flash", help="flash for code and weights: 1MB")] = None,
+    external: Annotated[str | None, typer.Option("--external", help="external flash that weights go to: 8MB")] = None,
+    stack: Annotated[str | None, typer.Option("--stack", help="stack to reserve; default: what is needed")] = None,
+    run: Annotated[str | None, typer.Option("--run", help="samples to run in the emulator: .npz")] = None,
+    shape: Annotated[list[str] | None, typer.Option("--shape", help="a static input shape: x=1,3,32,32")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace files in the folder")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Turn a model into firmware that fits a device; --run proves it in an emulator."""
+    given = dict(locals())
+
+    def work(tell: Any) -> shell.Answer:
+        from lrcompile.cli import deploying
+
+        return deploying.deploy(given, tell)
+
+    shell.verb("deploy", work, json=json, debug=debug, quiet=quiet)
+
+
 @app.command("passes")
 def show_passes(
     name: Annotated[str | None, typer.Argument(help="one pass, with its whole description")] = None,

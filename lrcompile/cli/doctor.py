@@ -13,7 +13,13 @@ from lrcompile.cli.shell import Answer
 from lrcompile.errors import LrcompileError, ResourceError
 
 CORE = ("torch", "onnx", "onnx_ir", "onnxruntime", "numpy", "safetensors")
-EXTRAS = {"report": ("matplotlib",), "zoo": ("transformers",), "triton": ("triton",), "tvm": ("tvm",)}
+EXTRAS = {
+    "mcu": ("unicorn", "ziglang"),
+    "report": ("matplotlib",),
+    "triton": ("triton",),
+    "tvm": ("tvm",),
+    "zoo": ("transformers",),
+}
 """Packages that an extra brings and that are looked for."""
 
 

@@ -1,0 +1,202 @@
+"""From an ONNX file to a folder of firmware that fits a board, and its run in the emulator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrcompile.backends.c.emit import emit
+from lrcompile.backends.c.target import LEAST_STACK, Memory, Target
+from lrcompile.backends.c.toolchain import Firmware, build, compiler_version
+from lrcompile.dataflow.fuse import fuse
+from lrcompile.dataflow.refine import refine
+from lrcompile.dataflow.schedule import Schedule
+from lrcompile.dataflow.search import schedule
+from lrcompile.dataflow.stage import Formulas
+from lrcompile.errors import GateError, InvalidInputError, UnsupportedError
+from lrcompile.graphs.onnx.formulas import build as formulas_of
+from lrcompile.graphs.onnx.load import read
+
+FRAMES = 1024
+"""Bytes of stack for the frames of kernels and of the mathematics they call; pieces on the stack come on top."""
+PIECES = (2048, 1024, 512, 0)  # bytes of small pieces on the stack, the arena being the slower to address
+UNLIMITED = 2**27  # bytes of a memory that nobody limited
+TOLERANCE = 1e-3
+"""Relative L2 distance to ONNX Runtime above which an output counts as wrong."""
+
+
+@dataclass(frozen=True)
+class Board:
+    """What the firmware must fit.
+
+    Args:
+        ram, flash, external: bytes, or None where there is no limit; ``external`` flash holds the weights.
+        stack: bytes of stack; None reserves what the kernels need.
+    """
+
+    target: Target
+    ram: int | None = None
+    flash: int | None = None
+    external: int | None = None
+    stack: int | None = None
+
+
+@dataclass
+class Check:
+    """What the emulator and ONNX Runtime say about a number of samples.
+
+    Args:
+        instructions: of the costliest sample.
+        max_error: largest absolute difference of an element of an output.
+        stack: most bytes of stack that were in use.
+    """
+
+    samples: int = 0
+    instructions: int = 0
+    max_error: float = 0.0
+    stack: int = 0
+    violations: list[str] = field(default_factory=list)
+    functions: dict[str, int] = field(default_factory=dict)
+
+
+def formulas(path: Path, shapes: Mapping[str, Sequence[int]] | None = None) -> Formulas:
+    """The model's stages after exact fusion.
+
+    Args:
+        shapes: static shapes of inputs that the file leaves open.
+
+    Raises:
+        InvalidInputError: unreadable or unsound model, weights that are no numbers.
+        UnsupportedError: an operator without a formula (named, with its node), or a dynamic shape.
+    """
+    built = formulas_of(read(path), shapes)
+    for name, array in built.constants.items():
+        if array.dtype.kind == "f" and np.isnan(array).any():
+            raise InvalidInputError("the weight holds NaN", where=name, hint="train or export the model again")
+    return refine(fuse(built))
+
+
+def plan(model: Formulas, board: Board) -> Schedule:
+    """The schedule of least work that leaves room for stack, inputs and outputs.
+
+    Raises:
+        UnsupportedError: none of those found fits; says by how much, and at which node.
+    """
+    if board.ram is None:
+        return schedule(model)
+    room = board.ram - _io(model)
+    least = FRAMES if board.stack is None else max(board.stack, LEAST_STACK)
+    if room < least:
+        raise UnsupportedError(
+            f"{board.ram} bytes of RAM leave {max(room, 0)} for stack and arena beside {_io(model)} bytes of inputs "
+            f"and outputs; the stack alone needs {least}",
+            where="--ram",
+            hint=f"give at least {_io(model) + least} bytes, or a model with smaller inputs",
+        )
+    steps = schedule(model, max(room - least, 0)).steps
+    sizes = [size for size in PIECES if board.stack is None or size + FRAMES <= board.stack] or [0]
+    choices = [Schedule(model, steps, stack=size) for size in sizes]
+    found = next((each for each in choices if each.arena + _stack(each, board) <= room), choices[-1])
+    total = found.arena + _stack(found, board)
+    if total > room:
+        raise UnsupportedError(
+            f"needs {total + _io(model)} bytes of RAM, {total - room} more than there are: {_busiest(found)}",
+            where="--ram",
+            hint="give more RAM, quantise the model, or lower its rank, its tokens or its width",
+        )
+    return found
+
+
+def _io(model: Formulas) -> int:
+    shapes = [(shape, dtype) for shape, dtype in model.inputs.values()]
+    shapes += [(model.shape(name), model.dtype(name)) for name in model.outputs]
+    return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes)
+
+
+def _stack(found: Schedule, board: Board) -> int:
+    return board.stack if board.stack is not None else -(-(found.scratch + FRAMES) // 8) * 8
+
+
+def _busiest(found: Schedule) -> str:
+    """The step that needs the most memory, with what is alive there."""
+    most, time = max(
+        ((sum(each.size for each in found.requests.values() if each.first <= at <= each.last), at))
+        for at in range(len(found.nests))
+    )
+    alive = [f"{name} {each.size}" for name, each in found.requests.items() if each.first <= time <= each.last]
+    nodes = found.nests[time].root.part.nodes
+    return f"node {nodes[-1] if nodes else found.nests[time].root.name} has {most} bytes alive ({', '.join(alive)})"
+
+
+def compile_to(folder: Path, found: Schedule, board: Board) -> Firmware:
+    """Emits, compiles and links in a folder.
+
+    Raises:
+        UnsupportedError: it does not fit RAM or flash; the message says by how many bytes.
+        MissingExtraError: the compiler is not installed.
+    """
+    memory = Memory(
+        ram=board.ram or UNLIMITED,
+        flash=board.flash or UNLIMITED,
+        stack=_stack(found, board),
+        external=board.external or 0,
+    )
+    return build(emit(found), board.target, memory, folder)
+
+
+def check(firmware: Firmware, model: Path, batches: Iterable[Mapping[str, np.ndarray]]) -> Check:
+    """Runs every sample in the emulator and in ONNX Runtime.
+
+    Args:
+        batches: inputs of the model's own, fixed shapes.
+
+    Raises:
+        GateError: the firmware leaves its memory, or its results are not those of ONNX Runtime.
+    """
+    import onnxruntime as ort
+
+    from lrcompile.backends.c.emulator import GARBAGE, Emulator
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    emulator, found = Emulator(firmware), Check()
+    names = [port.name for port in firmware.program.outputs]
+    for inputs in batches:
+        run = emulator.run(inputs)
+        if not found.samples and not run.violations:
+            again = emulator.run(inputs, garbage=GARBAGE[1])
+            if any(not np.array_equal(run.outputs[n], again.outputs[n], equal_nan=True) for n in names):
+                found.violations.append("reads memory that it never wrote")
+        found.samples += 1
+        found.stack = max(found.stack, run.stack)
+        found.violations += [each for each in run.violations if each not in found.violations]
+        if run.instructions > found.instructions:
+            found.instructions, found.functions = run.instructions, run.functions
+        if found.violations:
+            raise GateError(f"the firmware is not sound: {found.violations[0]}", where=str(model))
+        _compare(found, run.outputs, dict(zip(names, session.run(names, dict(inputs)), strict=True)))
+    return found
+
+
+def _compare(found: Check, outputs: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> None:
+    for name, value in expected.items():
+        wide, ours = np.asarray(value, np.float64), np.asarray(outputs[name], np.float64)
+        error = np.abs(np.where(wide == ours, 0.0, wide - ours))
+        found.max_error = max(found.max_error, float(error.max(initial=0.0)))
+        distance = float(np.linalg.norm(error)) / max(float(np.linalg.norm(wide)), 1e-12)
+        if not distance <= TOLERANCE and found.max_error > 1e-5:
+            raise GateError(
+                f"differs from ONNX Runtime by {distance:.2g} (relative L2) on sample {found.samples}", where=name
+            )
+
+
+def versions() -> dict[str, str]:
+    """The compiler and the emulator, for reports."""
+    import unicorn
+
+    return {"toolchain": compiler_version(), "emulator": f"unicorn {unicorn.__version__}"}

@@ -1,0 +1,5 @@
+"""ONNX operators as formulas: one table, operator → stages."""
+
+from lrcompile.graphs.onnx.formulas.build import build
+
+__all__ = ["build"]
