@@ -35,6 +35,9 @@ def _overhead() -> tuple[float, float]:
     torch.manual_seed(0)
     parts = [nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(7))) for _ in range(WEIGHTS // 7)]
     model = nn.Sequential(*parts).eval().requires_grad_(False)
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.orthogonal_(layer.weight)  # so that two hundred of them in a row neither explode nor vanish
     x = torch.randn(1, WIDTH)
     options = Options(max_drift=GATE, settings=Settings(probes=False))
     plan = lrcompile.plan(model, Budget(keep=0.6), calibration=[torch.randn(64, WIDTH)], options=options)
