@@ -170,7 +170,7 @@ def _shrink(x: Expr, limit: float, bias: float) -> Expr:
 
 
 @op(*UNARY)
-def _unary(b: Builder, node: ir.Node) -> None:
+def _of_one(b: Builder, node: ir.Node) -> None:
     x = b.need(node, 0)
     if node.op_type == "Round" and not b.dtype(x).startswith("float"):
         raise b.refuse(node, f"no formula for {b.dtype(x)}")
