@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("startup", "raising", "conformance", "minilm", "smollm2")
+NAMES = ("startup", "raising", "conformance", "minilm", "smollm2", "compile", "mcu", "mcu_planner", "mcu_conformance")
 
 
 def main() -> None:

@@ -169,9 +169,13 @@ class Collector:
 
     Vectors wait in a buffer until there are enough of them: a Gram matrix takes one large product in a fraction
     of the time of many small ones. They are copied there, so that what a run returned is free at once.
+
+    Args:
+        counting: count the vectors, and nothing else.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, counting: bool = False) -> None:
+        self._counting = counting
         self._moments: dict[str, Moments] = {}
         self._buffers: dict[str, Tensor] = {}
         self._waiting: dict[str, int] = {}
@@ -185,6 +189,10 @@ class Collector:
         Raises:
             InvalidInputError: NaN or infinity; the error names the value.
         """
+        if self._counting:
+            count = self._moments.setdefault(name, Moments.zeros(1))
+            count.tokens, count.seen = count.tokens + len(rows), count.seen + (len(rows) if seen is None else seen)
+            return
         if name not in self._moments:
             self._moments[name] = Moments.zeros(rows.shape[-1])
             self._buffers[name] = torch.empty(TOGETHER, rows.shape[-1])
@@ -223,12 +231,12 @@ def groups(sizes: Mapping[str, int], limit: int) -> Iterable[list[str]]:
 
     Args:
         sizes: channels of each value.
-        limit: bytes; a single value above it forms a group of its own.
+        limit: bytes; a single value above it forms a group of its own. 0 where there are no Gram matrices.
     """
     group: list[str] = []
     used = 0
     for name, channels in sizes.items():
-        need = 4 * channels * channels
+        need = 4 * channels * channels if limit else 0
         if group and used + need > limit:
             yield group
             group, used = [], 0

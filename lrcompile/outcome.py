@@ -208,10 +208,6 @@ def conclude(run: Run) -> None:
             own = sum(choice.proposal is not None and choice.proposal.source == each.name for choice in choices)
             seconds = round(run.planning, 3)
             run.report.passes.append(record.PassRecord(str(each), False, own, len(choices) - own, None, seconds))
-    subgraphs = getattr(run.graph, "subgraph_weights", list)()
-    note = f"{len(subgraphs)} weights inside If, Loop or Scan bodies pass through unchanged"
-    if subgraphs and note not in report.notes:
-        report.notes.append(note)
 
 
 def _decision(site: Any, choice: Choice | None, touched: dict) -> record.Decision:

@@ -230,7 +230,7 @@ def _refreeze(graph: Graph, sites: list[LinearSite], left: list[Choice]) -> tupl
 def _offers(site: LinearSite, passes: Sequence[LinearPass], context: Context) -> Offer:
     offer = Offer([], [])
     before = site_cost(site)
-    for each in passes:
+    for each in filter(lambda each: each.concerns(site), passes):
         reason = each.refuse(site, context)
         if reason:
             offer.reasons.append(reason)
@@ -278,7 +278,7 @@ def positions(graph: Graph, sites: Sequence[LinearSite], sample: Inputs | None) 
     """Vectors that one use of each site multiplies for ``sample``, padding included; 1 where it is not known."""
     if sample is None or not sites:
         return {site.name: 1.0 for site in sites}
-    found = graph.observe([unmasked(sample)], sites, memory=2**40)
+    found = graph.observe([unmasked(sample)], sites, memory=0)
     return {site.name: found[site.input].multiplied / len(site.uses) if site.input in found else 1.0 for site in sites}
 
 

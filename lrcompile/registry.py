@@ -12,6 +12,7 @@ PASSES = {
     "clean": "lrcompile.passes.clean:Clean",
     "fold": "lrcompile.passes.fold:Fold",
     "exact-low-rank": "lrcompile.passes.exact_low_rank:ExactLowRank",
+    "conv-low-rank": "lrcompile.passes.conv_low_rank:ConvLowRank",
     "low-rank": "lrcompile.passes.low_rank:LowRank",
 }
 BACKENDS = {
@@ -20,6 +21,8 @@ BACKENDS = {
 }
 EXACT = ("clean", "fold", "exact-low-rank")
 """Passes that always run, in this order."""
+LOSSY = ("low-rank", "conv-low-rank")
+"""Passes that a budget is spent on where none are named."""
 
 
 def names(kind: str) -> dict[str, str]:

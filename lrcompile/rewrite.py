@@ -156,7 +156,7 @@ class Pass(ABC):
         """Every option with its type and default."""
         if not dataclasses.is_dataclass(cls):
             return {}
-        return {f.name: (str(f.type), _default(f)) for f in dataclasses.fields(cls)}
+        return {f.name: (_type_name(f.type), _default(f)) for f in dataclasses.fields(cls)}
 
     def __str__(self) -> str:
         if not _is_data(type(self)):
@@ -171,6 +171,11 @@ class Pass(ABC):
 
 def _is_data(cls: type) -> bool:
     return dataclasses.is_dataclass(cls)
+
+
+def _type_name(kind: Any) -> str:
+    """As it is written; with and without ``from __future__ import annotations``."""
+    return kind.__name__ if type(kind) is type else str(kind)
 
 
 def _default(f: dataclasses.Field) -> Any:
@@ -195,6 +200,10 @@ class LinearPass(Pass):
     def propose(self, site: LinearSite, context: Context) -> Iterator[LinearOperator]:
         """Cheaper expressions for the site; most users override this one."""
         raise UsageError(f"{self.name}: a linear pass defines propose() or proposals()")
+
+    def concerns(self, site: LinearSite) -> bool:
+        """Whether the site is of a kind that the pass is for; others are not even refused."""
+        return True
 
     def refuse(self, site: LinearSite, context: Context) -> str:
         """Why the pass leaves the site alone; empty where it does not."""

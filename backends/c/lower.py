@@ -183,12 +183,12 @@ class Lowering:
         assert part.body is not None
         dtype = part.body.dtype
         if dtype == "bool":
-            return tirx.Max(old, new) if part.combine in ("max", "add") else tirx.Min(old, new)
+            return (tirx.Or if part.combine in ("max", "add") else tirx.And)(_truth(old), new)
         if part.combine in START:
             return KINDS[part.combine](old, new)
         if dtype.startswith("float"):
             return _libm(part.combine, dtype, [old, new])
-        return (tirx.Max if part.combine == "max" else tirx.Min)(old, new)
+        return _extreme(part.combine, dtype, [old, new])
 
     def _loops(self, variables: list[Var], env: Env) -> tuple[dict[Var, Any], list[tuple[Any, int]]]:
         made = dict(env)
@@ -296,9 +296,10 @@ class Lowering:
             case "div":
                 return tirx.Div(*args)
             case "max" | "min" if not floating:
-                return (tirx.Max if kind == "max" else tirx.Min)(*args)
+                return _extreme(kind, dtype, args)
             case "abs" if not floating:
-                return args[0] if dtype.startswith("u") else tirx.Max(args[0], tirx.const(0, dtype) - args[0])
+                opposite = tirx.const(0, dtype) - args[0]
+                return args[0] if dtype.startswith("u") else _extreme("max", dtype, [args[0], opposite])
         if kind in LIBM and floating:
             return _libm(kind, dtype, args)
         raise UnsupportedError(f"no C for {kind} of {dtype}", where=node_names(self.nest))
@@ -341,6 +342,19 @@ def _wrap(stmt: Any, loops: list[tuple[Any, int]]) -> Any:
 
 def _libm(name: str, dtype: str, args: list[Any]) -> Any:
     return tirx.call_pure_extern(dtype, LIBM[name] + ("f" if dtype == "float32" else ""), *args)
+
+
+def _extreme(name: str, dtype: str, args: list[Any]) -> Any:
+    """The smaller or larger integer, by a function of the emitted file.
+
+    TVM's C printer gives an operand of its own ``min`` a name and reuses that for the same text later on, even where
+    the variable has changed in between.
+    """
+    return tirx.call_pure_extern(dtype, f"lrc_{name}_{dtype}", *args)
+
+
+def _truth(value: Any) -> Any:
+    return tirx.NE(value, tirx.const(0, "uint8"))
 
 
 def _cast(value: Any, old: str, new: str) -> Any:

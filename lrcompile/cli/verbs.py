@@ -98,7 +98,7 @@ def passes(name: str | None) -> Answer:
 
 def _pipeline(given: dict[str, Any]) -> Any:
     from lrcompile.pipeline import Pipeline
-    from lrcompile.registry import load
+    from lrcompile.registry import LOSSY, load
     from lrcompile.registry import passes as known
     from lrcompile.rewrite import parse
 
@@ -109,7 +109,7 @@ def _pipeline(given: dict[str, Any]) -> Any:
         table = known()
         chosen = [parse(text, table) for text in texts]
     else:
-        chosen = [load("passes", "low-rank")()] if budget.limited else []
+        chosen = [load("passes", name)() for name in LOSSY] if budget.limited else []
     return Pipeline(chosen, budget, _options(given))
 
 

@@ -211,6 +211,10 @@ def _function(builder: Builder, node: ir.Node) -> onnx.FunctionProto | None:
 
 def _expand(builder: Builder, node: ir.Node, body: onnx.FunctionProto, model: ir.Model) -> None:
     """Walks the nodes of a definition in place of the node."""
+    made = {*body.input, *(name for each in body.node for name in each.output)}
+    outputs = list(body.output)  # some definitions name outputs that they make only where they are asked for
+    del body.output[:]
+    body.output.extend(name for name in outputs if name in made)
     function = ir.serde.deserialize_function(body)
     inner = Builder(function.opset_imports.get("", builder.opset))
     inner.formulas = builder.formulas
@@ -225,9 +229,9 @@ def _expand(builder: Builder, node: ir.Node, body: onnx.FunctionProto, model: ir
                 each.replace_input_with(at, None)
         _node(inner, each, model)
         inner._node = label
-    for value, out in zip(function.outputs, node.outputs, strict=False):
-        if out.name and value.name in inner.names:
-            builder.alias(out.name, inner.names[value.name])
+    for name, out in zip(outputs, node.outputs, strict=False):
+        if out.name and name in inner.names:
+            builder.alias(out.name, inner.names[name])
 
 
 def _bind(inner: ir.Node, outer: ir.Node, function: ir.Function) -> None:
