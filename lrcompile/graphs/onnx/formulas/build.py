@@ -171,7 +171,7 @@ def _evaluate(node: ir.Node, arrays: list[np.ndarray], model: ir.Model) -> list[
             found: Any = evaluator.run(None, feeds)
     except Exception:  # whatever it cannot do is left to the formulas
         return None
-    return found if all(isinstance(each, np.ndarray) for each in found) else None
+    return list(found) if all(isinstance(each, np.ndarray) for each in found) else None
 
 
 # -- operators that the standard defines by others -------------------------------------------------
