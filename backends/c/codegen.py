@@ -17,6 +17,7 @@ from lrcompile.backends.c.lower import Lowered
 
 FUNCTION = re.compile(r"^(?:TVM_DLL )?void (\w+)\(([^)]*)\) \{\n(.*?)^\}", re.M | re.S)
 UNUSED = re.compile(r"^ *int32_t (\w+) = [^;\n]*;\n", re.M)
+EXTREME = re.compile(r"\blrc_(min|max)_(\w+?)\(")
 HELPERS = """static inline float lrc_f32(uint32_t bits)
 {
     union { uint32_t bits; float value; } both;
@@ -31,6 +32,16 @@ HELPERS_WIDE = """static inline double lrc_f64(uint32_t high, uint32_t low)
     return both.value;
 }
 """
+
+
+def helpers(source: str) -> str:
+    """Definitions of the small functions that a source calls."""
+    made = [text for name, text in (("lrc_f32(", HELPERS), ("lrc_f64(", HELPERS_WIDE)) if name in source]
+    for kind, dtype in sorted(set(EXTREME.findall(source))):
+        sign = "<" if kind == "min" else ">"
+        head = f"static inline {dtype}_t lrc_{kind}_{dtype}({dtype}_t a, {dtype}_t b)"
+        made.append(f"{head}\n{{\n    return a {sign} b ? a : b;\n}}\n")
+    return "\n".join(made)
 
 
 def passes(target: Target) -> list[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -22,7 +21,7 @@ from lrcompile.dataflow.stage import START, Part
 from lrcompile.dataflow.stage import start as first_value
 from lrcompile.errors import UnsupportedError
 
-Env = Mapping[Var, Any]
+Env = dict[Var, Any]
 KINDS = {
     **{"add": tirx.Add, "sub": tirx.Sub, "mul": tirx.Mul, "eq": tirx.EQ, "ne": tirx.NE, "lt": tirx.LT, "le": tirx.LE},
     **{"gt": tirx.GT, "ge": tirx.GE, "and": tirx.And, "or": tirx.Or},
@@ -97,7 +96,7 @@ class Lowering:
         return [stmt for at, child in node.children if at == level for stmt in self._node(child, env)]
 
     def _loop(self, loop: Loop, var: Any, body: list[Any]) -> list[Any]:
-        turn = tirx.Var(f"i{next(self._count)}", "int32")
+        turn: Any = tirx.Var(f"i{next(self._count)}", "int32")
         first: Any = turn * loop.tile if loop.tile > 1 else turn
         if not loop.exact:
             first = tirx.Min(first, _int(loop.var.extent - 1))
@@ -127,10 +126,10 @@ class Lowering:
         """Results of one block in registers; ``blocked`` has (axis, first, number of blocks, size of a block)."""
         used = {each[0] for each in blocked}
         env, loops = self._loops([var for var in part.axes if var.extent > 1 and var not in used], env)
-        bases = []
+        bases: list[Any] = []
         for _, first, count, size in blocked:
             if count > 1:
-                turn = tirx.Var(f"b{next(self._count)}", "int32")
+                turn: Any = tirx.Var(f"b{next(self._count)}", "int32")
                 loops.append((turn, count))
                 bases.append(turn * size + first)
             else:
@@ -144,7 +143,7 @@ class Lowering:
     def _reduce(self, node: Node, part: Part, points: list[Env]) -> Any:
         body = part.body
         assert body is not None
-        total = tirx.decl_buffer((len(points),), _storage(body.dtype), "acc", layout=None)
+        total = tirx.decl_buffer((len(points),), _storage(body.dtype), "acc", layout=None)  # type: ignore[arg-type]
         first = self._value(first_value(part.combine, body.dtype), {}, node, None)
         stmts = [tirx.AllocBuffer(total)]
         stmts += [tirx.BufferStore(total, first, [_int(at)]) for at in range(len(points))]
@@ -171,7 +170,7 @@ class Lowering:
         if not last:
             return _seq(update({}))
         extent, width = last[0].extent, max(1, min(UNROLL, 64 // len(points)))
-        turn = tirx.Var(f"k{next(self._count)}", "int32")
+        turn: Any = tirx.Var(f"k{next(self._count)}", "int32")
         whole, rest = divmod(extent, width)
         stmts = []
         if whole:
@@ -184,12 +183,12 @@ class Lowering:
         assert part.body is not None
         dtype = part.body.dtype
         if dtype == "bool":
-            return tirx.Max(old, new) if part.combine in ("max", "add") else tirx.Min(old, new)
+            return (tirx.Or if part.combine in ("max", "add") else tirx.And)(_truth(old), new)
         if part.combine in START:
             return KINDS[part.combine](old, new)
         if dtype.startswith("float"):
             return _libm(part.combine, dtype, [old, new])
-        return (tirx.Max if part.combine == "max" else tirx.Min)(old, new)
+        return _extreme(part.combine, dtype, [old, new])
 
     def _loops(self, variables: list[Var], env: Env) -> tuple[dict[Var, Any], list[tuple[Any, int]]]:
         made = dict(env)
@@ -219,7 +218,7 @@ class Lowering:
             symbol = f"t{len(self.buffers)}"
             inside = node is not None and node is not self.nest.root
             shape = node.region.extents if node is not None and inside else self.shapes.shape(name)
-            buffer = tirx.decl_buffer((max(prod(shape), 1),), _storage(dtype), f"{symbol}_view", layout=None)
+            buffer = tirx.decl_buffer((max(prod(shape), 1),), _storage(dtype), f"{symbol}_view", layout=None)  # type: ignore[arg-type]
             self.buffers[name] = buffer
             self.pointers[name] = Pointer(symbol, PointerType(PrimType(_storage(dtype)), "global"))
         return self.buffers[name]
@@ -297,9 +296,10 @@ class Lowering:
             case "div":
                 return tirx.Div(*args)
             case "max" | "min" if not floating:
-                return (tirx.Max if kind == "max" else tirx.Min)(*args)
+                return _extreme(kind, dtype, args)
             case "abs" if not floating:
-                return args[0] if dtype.startswith("u") else tirx.Max(args[0], tirx.const(0, dtype) - args[0])
+                opposite = tirx.const(0, dtype) - args[0]
+                return args[0] if dtype.startswith("u") else _extreme("max", dtype, [args[0], opposite])
         if kind in LIBM and floating:
             return _libm(kind, dtype, args)
         raise UnsupportedError(f"no C for {kind} of {dtype}", where=node_names(self.nest))
@@ -342,6 +342,19 @@ def _wrap(stmt: Any, loops: list[tuple[Any, int]]) -> Any:
 
 def _libm(name: str, dtype: str, args: list[Any]) -> Any:
     return tirx.call_pure_extern(dtype, LIBM[name] + ("f" if dtype == "float32" else ""), *args)
+
+
+def _extreme(name: str, dtype: str, args: list[Any]) -> Any:
+    """The smaller or larger integer, by a function of the emitted file.
+
+    TVM's C printer gives an operand of its own ``min`` a name and reuses that for the same text later on, even where
+    the variable has changed in between.
+    """
+    return tirx.call_pure_extern(dtype, f"lrc_{name}_{dtype}", *args)
+
+
+def _truth(value: Any) -> Any:
+    return tirx.NE(value, tirx.const(0, "uint8"))
 
 
 def _cast(value: Any, old: str, new: str) -> Any:

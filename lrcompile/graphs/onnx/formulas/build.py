@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -167,10 +168,10 @@ def _evaluate(node: ir.Node, arrays: list[np.ndarray], model: ir.Model) -> list[
     try:
         evaluator = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets))
         with np.errstate(all="ignore"):
-            found = evaluator.run(None, feeds)
+            found: Any = evaluator.run(None, feeds)
     except Exception:  # whatever it cannot do is left to the formulas
         return None
-    return found if all(isinstance(each, np.ndarray) for each in found) else None
+    return list(found) if all(isinstance(each, np.ndarray) for each in found) else None
 
 
 # -- operators that the standard defines by others -------------------------------------------------
@@ -181,7 +182,7 @@ def _function(builder: Builder, node: ir.Node) -> onnx.FunctionProto | None:
     if node.domain not in DEFAULT:
         return None
     try:
-        schema = onnx.defs.get_schema(node.op_type, builder.opset, "")
+        schema: Any = onnx.defs.get_schema(node.op_type, builder.opset, "")
     except Exception:
         return None
     if schema.has_function:
@@ -210,6 +211,10 @@ def _function(builder: Builder, node: ir.Node) -> onnx.FunctionProto | None:
 
 def _expand(builder: Builder, node: ir.Node, body: onnx.FunctionProto, model: ir.Model) -> None:
     """Walks the nodes of a definition in place of the node."""
+    made = {*body.input, *(name for each in body.node for name in each.output)}
+    outputs = list(body.output)  # some definitions name outputs that they make only where they are asked for
+    del body.output[:]
+    body.output.extend(name for name in outputs if name in made)
     function = ir.serde.deserialize_function(body)
     inner = Builder(function.opset_imports.get("", builder.opset))
     inner.formulas = builder.formulas
@@ -224,9 +229,9 @@ def _expand(builder: Builder, node: ir.Node, body: onnx.FunctionProto, model: ir
                 each.replace_input_with(at, None)
         _node(inner, each, model)
         inner._node = label
-    for value, out in zip(function.outputs, node.outputs, strict=False):
-        if out.name and value.name in inner.names:
-            builder.alias(out.name, inner.names[value.name])
+    for name, out in zip(outputs, node.outputs, strict=False):
+        if out.name and name in inner.names:
+            builder.alias(out.name, inner.names[name])
 
 
 def _bind(inner: ir.Node, outer: ir.Node, function: ir.Function) -> None:

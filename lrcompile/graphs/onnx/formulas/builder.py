@@ -192,6 +192,8 @@ class Builder:
     def _add(self, value: str | None, hint: str, shape: Shape, dtype: str, parts: tuple[Part, ...]) -> str:
         if dtype not in ITEMSIZE:
             raise UnsupportedError(f"the type {dtype} has no equivalent in C99", where=self._node)
+        if 0 in shape:
+            raise UnsupportedError(f"a tensor without elements: shape {shape}", where=self._node)
         name = self.fresh(value or hint or f"{self._node}/value")
         self.formulas.stages[name] = Stage(name, shape, dtype, parts)
         self.alias(value, name)

@@ -332,7 +332,8 @@ def _depth(b: Builder, node: ir.Node) -> None:
     n, c, h, w = b.shape(x)
     k = integer(node, "blocksize")
     if node.op_type == "SpaceToDepth":
-        split, order, shape = (n, c, h // k, k, w // k, k), (0, 3, 5, 1, 2, 4), (n, c * k * k, h // k, w // k)
+        split, shape = (n, c, h // k, k, w // k, k), (n, c * k * k, h // k, w // k)
+        order = (0, 3, 5, 1, 2, 4) if text(node, "mode", "DCR") == "DCR" else (0, 1, 3, 5, 2, 4)
     elif text(node, "mode", "DCR") == "DCR":
         split, order, shape = (n, k, k, c // k**2, h, w), (0, 3, 4, 1, 5, 2), (n, c // k**2, h * k, w * k)
     else:

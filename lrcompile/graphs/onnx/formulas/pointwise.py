@@ -8,6 +8,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from lrcompile.dataflow.expr import Call, Const, Expr, call, cast
+from lrcompile.dataflow.program import ITEMSIZE
 from lrcompile.graphs.onnx.formulas.builder import Builder, broadcast, integer, number, op, text
 
 Unary = Callable[[Expr], Expr]
@@ -70,13 +71,13 @@ def _expm1(x: Expr, factor: float) -> Expr:
     return call("mul", call("sub", call("exp", x), const(1, x)), const(factor, x))
 
 
-def _unary(name: str) -> Callable[[Expr, ir.Node], Expr]:
+def _named(name: str) -> Callable[[Expr, ir.Node], Expr]:
     return lambda x, node: call(name, x)
 
 
 UNARY: dict[str, Callable[[Expr, ir.Node], Expr]] = {
     **{
-        name: _unary(name.lower())
+        name: _named(name.lower())
         for name in (
             [
                 "Abs",
@@ -169,7 +170,7 @@ def _shrink(x: Expr, limit: float, bias: float) -> Expr:
 
 
 @op(*UNARY)
-def _unary(b: Builder, node: ir.Node) -> None:
+def _of_one(b: Builder, node: ir.Node) -> None:
     x = b.need(node, 0)
     if node.op_type == "Round" and not b.dtype(x).startswith("float"):
         raise b.refuse(node, f"no formula for {b.dtype(x)}")
@@ -238,11 +239,9 @@ def _mod(b: Builder, node: ir.Node) -> None:
 
     def formula(i: tuple) -> Expr:
         left, right = b.spread(x, i), b.spread(y, i)
-        if left.dtype.startswith("float"):
-            return call("fmod", left, right)
+        rest = call("fmod" if left.dtype.startswith("float") else "rem", left, right)
         if integer(node, "fmod") or left.dtype.startswith("uint"):
-            return call("rem", left, right)
-        rest = call("rem", left, right)
+            return rest
         wrong = Call("and", (compare("ne", rest, const(0, rest)), _differ(rest, right)), "bool")
         return select(wrong, call("add", rest, right), rest)
 
@@ -254,12 +253,36 @@ def _differ(a: Expr, b: Expr) -> Expr:
     return Call("xor", (compare("lt", a, const(0, a)), compare("lt", b, const(0, b))), "bool")
 
 
+@op("Dropout")
+def _dropout(b: Builder, node: ir.Node) -> None:
+    """Nothing at inference; the mask says that everything is kept."""
+    x, training = b.need(node, 0), b.known(node, 2, "the training mode")
+    if training is not None and training.any():
+        raise b.refuse(node, "only inference is supported")
+    b.define(b.output(node), b.shape(x), lambda i: b.at(x, i))
+    if b.output(node, 1) is not None:
+        b.define(b.output(node, 1), b.shape(x), lambda i: Const(True, "bool"))
+
+
 @op("BitShift")
 def _shift(b: Builder, node: ir.Node) -> None:
     x, y = b.need(node, 0), b.need(node, 1)
     name = "shl" if text(node, "direction") == "LEFT" else "shr"
     shape = broadcast(b.shape(x), b.shape(y))
-    b.define(b.output(node), shape, lambda i: Call(name, (b.spread(x, i), b.spread(y, i)), b.dtype(x)))
+    b.define(b.output(node), shape, lambda i: _shifted(name, b.spread(x, i), b.spread(y, i)))
+
+
+def _shifted(name: str, x: Expr, count: Expr) -> Expr:
+    """C leaves a shift by a negative number, or by all bits of the type, undefined; here all bits go."""
+    width = 8 * ITEMSIZE[x.dtype]
+    if isinstance(count, Const) and 0 <= count.value < width:
+        return call(name, x, count, dtype=x.dtype)
+    out = compare("ge", count, const(width, count))
+    if not count.dtype.startswith("uint"):
+        out = Call("or", (out, compare("lt", count, const(0, count))), "bool")
+    sign = name == "shr" and not x.dtype.startswith("uint")
+    gone = select(compare("lt", x, const(0, x)), const(-1, x), const(0, x)) if sign else const(0, x)
+    return Call("guard", (out, gone, call(name, x, count, dtype=x.dtype)), x.dtype)
 
 
 @op("Where")
