@@ -19,13 +19,8 @@ from lrcompile.graphs.onnx.formulas.builder import TABLE, Builder
 FOLD_MAX = 2**24  # elements that a folded constant may have
 DEFAULT = ("", "ai.onnx")
 
-__all__ = ["build", "supported"]
+__all__ = ["build"]
 _TABLES = (integer, linear, moving, pointwise, reducing)  # importing them fills the table
-
-
-def supported() -> list[str]:
-    """Operators of the default domain that have a formula of their own."""
-    return sorted(name for name in TABLE if "::" not in name)
 
 
 def build(model: ir.Model, shapes: Mapping[str, Sequence[int]] | None = None) -> Formulas:
