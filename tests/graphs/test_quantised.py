@@ -254,4 +254,8 @@ def test_inspect_shows_them(tmp_path: Any) -> None:
 
     path = tmp_path / "model.onnx"
     path.write_bytes(packed().SerializeToString())
-    assert [(site["kind"], site["shape"]) for site in facts(path)["sites"]] == [("MatMulNBits", [OUT, IN])]
+    found = facts(path)
+    (site,) = found["sites"]
+    assert (site["kind"], site["shape"]) == ("MatMulNBits", [OUT, IN])
+    assert site["structure"] == f"Quantized {OUT}x{IN} 4-bit/16"
+    assert found["macs"] == OUT * IN
