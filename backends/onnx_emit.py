@@ -36,14 +36,16 @@ class Store:
     rules: Mapping[type[LinearOperator], Callable[..., ir.Value]]
     opset: int
     blocks: bool = False
+    scope: Hashable = None  # the graph that is written to: what is computed there is not seen elsewhere
     stored: dict[Hashable, tuple[ir.Value, Tensor]] = field(default_factory=dict)
     values: dict[Hashable, ir.Value] = field(default_factory=dict)
 
     def once(self, key: Hashable, make: Callable[[], ir.Value]) -> ir.Value:
-        """The value under ``key``, computed where it is first asked for."""
-        if key not in self.values:
-            self.values[key] = make()
-        return self.values[key]
+        """The value under ``key``, computed where it is first asked for in each graph."""
+        place = (self.scope, key)
+        if place not in self.values:
+            self.values[place] = make()
+        return self.values[place]
 
     def tensor(self, tape: Tape, tensor: Tensor, name: str, bits: int = 0) -> ir.Value:
         """A value that holds the tensor; another view of stored elements is turned, not stored again.

@@ -114,6 +114,7 @@ def _lower_site(splicer: Splicer, store: Store, name: str, match: Match, replace
         result = Emitter(store, tape, name, path_dtype(match), match.window).apply(replacement.operator, source)
         return add_bias(tape, match, result, shift if match.adder is None else None, splicer)
 
+    store.scope = id(match.nodes[-1].graph)
     shift = splicer.shift(match, replacement.shift)
     splicer.replace(match, emit, name)
     if match.adder is not None and shift is not None:

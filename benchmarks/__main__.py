@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("startup", "raising", "conformance", "minilm", "smollm2", "mcu", "mcu_planner", "mcu_conformance")
+NAMES = ("startup", "raising", "conformance", "minilm", "latency", "smollm2", "dispatch", "compile", "regional",
+         "mcu", "mcu_planner", "mcu_conformance")  # fmt: skip
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 import onnx
 import torch
@@ -154,7 +155,7 @@ def graph(name: str, *, seed: int = 0) -> onnx.ModelProto:
     """One of :data:`MODELS` with weights from a seed, opset 18."""
     make, inputs = MODELS[name]
     torch.manual_seed(seed)
-    stream = io.BytesIO()
+    stream: Any = io.BytesIO()
     names = ["ids", "mask"] if name == "bert-tiny" else ["x"]
     torch.onnx.export(
         make().eval(), inputs, stream, input_names=names, output_names=["y"], opset_version=18, dynamo=True,

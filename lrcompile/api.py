@@ -12,7 +12,7 @@ from lrcompile.pipeline import Pipeline, Result
 from lrcompile.plans import Plan
 from lrcompile.plans_make import make
 from lrcompile.progress import Progress
-from lrcompile.registry import load
+from lrcompile.registry import LOSSY, load
 from lrcompile.rewrite import Pass
 
 
@@ -35,7 +35,7 @@ def optimize(
         calibration: representative inputs (``.npz`` keyed by input name, dicts, tensors, …).
         evaluation: other inputs, on which the drift is measured; by default the last fifth
             of the calibration samples is held out.
-        passes: instead of ``low-rank``.
+        passes: instead of ``low-rank`` and ``conv-low-rank``.
         out: publish the artefact and its reports here, all or nothing.
         tell: watches the progress.
 
@@ -79,4 +79,4 @@ def plan(
 def _passes(passes: Sequence[Pass] | None, budget: Budget) -> Sequence[Pass]:
     if passes is not None:
         return passes
-    return [load("passes", "low-rank")()] if budget.limited else []
+    return [load("passes", name)() for name in LOSSY] if budget.limited else []

@@ -18,8 +18,8 @@ import numpy as np
 from lrcompile.errors import InfeasibleError, UsageError
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30}
-COSTS = ("keep", "bytes", "macs")
-"""Limits that are known before anything is built, in the order of the allocator's columns."""
+COSTS = ("keep", "bytes", "macs", "latency")
+"""Limits that are known or predicted before anything is built, in the order of the allocator's columns."""
 
 
 def quantity(value: float | str | None, name: str) -> float | None:
@@ -49,23 +49,27 @@ class Budget:
         keep: share of the stored values of the sites that stays, above 0 and at most 1.
         bytes: bytes on disk; a share of the original where it is at most 1.
         macs: multiply–accumulates per sample; a share of the original where it is at most 1.
+        latency: time of a run over the original's, at most 1; predicted from measured costs of every product, and
+            measured on the result.
         drift: largest measured drift on inputs that calibration did not see. Beside other limits it is a gate;
             alone, bytes are minimised under it.
 
     Raises:
-        UsageError: a limit is not a positive amount, or keep is above 1.
+        UsageError: a limit is not a positive amount, or keep or latency is above 1.
     """
 
     keep: float | None = None
     bytes: float | str | None = None
     macs: float | str | None = None
+    latency: float | None = None
     drift: float | None = None
 
     def __post_init__(self) -> None:
         for name in (*COSTS, "drift"):
             quantity(getattr(self, name), name)
-        if self.keep is not None and quantity(self.keep, "keep") > 1:  # type: ignore[operator]
-            raise UsageError(f"keep is the share that stays, at most 1, not {self.keep}", where="keep")
+        for name, meaning in (("keep", "the share that stays"), ("latency", "a ratio to the original's")):
+            if (quantity(getattr(self, name), name) or 0) > 1:
+                raise UsageError(f"{name} is {meaning}, at most 1, not {getattr(self, name)}", where=name)
 
     @property
     def limited(self) -> bool:

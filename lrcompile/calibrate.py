@@ -42,13 +42,28 @@ class Moments:
     samples: int = 0
     seen: int = 0
     _half: bool = False  # only the lower triangle of the Gram matrix is up to date
+    _packed: Tensor | None = None  # that triangle, row by row, in the place of the matrix
 
     @property
     def gram(self) -> Tensor:
-        """``Σ x xᵀ``, (n, n) float32."""
+        """``Σ x xᵀ``, (n, n) float32; made anew on every access to packed moments."""
+        if self._packed is not None:
+            return self._unpacked()
         if self._half:
             self._mirror()
         return self._gram
+
+    def pack(self) -> None:
+        """Keeps half of the Gram matrix only, until more vectors come."""
+        if self._packed is None:
+            self._packed = self._gram[_triangle(self.channels)]
+            self._gram, self._half = torch.empty(0, 0), False
+
+    def _unpacked(self) -> Tensor:
+        assert self._packed is not None
+        full = torch.zeros(self.channels, self.channels, dtype=self._packed.dtype)
+        full.masked_scatter_(_triangle(self.channels), self._packed)
+        return full + full.tril(-1).T
 
     @classmethod
     def zeros(cls, channels: int) -> Moments:
@@ -58,7 +73,7 @@ class Moments:
 
     @property
     def channels(self) -> int:
-        return self._gram.shape[0]
+        return len(self.total)
 
     def _mirror(self) -> None:
         self._gram = self._gram.tril() + self._gram.tril(-1).T
@@ -71,6 +86,8 @@ class Moments:
             InvalidInputError: a vector, or its square, is NaN or infinite.
         """
         rows = rows.detach().to("cpu", torch.float32).contiguous()
+        if self._packed is not None:
+            self._gram, self._packed = self._unpacked(), None
         self._accumulate(rows)
         ones = torch.ones(len(rows))
         self.total = self.total + ones @ rows  # not in place: these may be tensors of inference mode
@@ -144,6 +161,11 @@ class Moments:
         return cls(stored["gram"], *vectors, tokens=tokens, samples=samples, seen=seen)
 
 
+def _triangle(size: int) -> Tensor:
+    """(size, size) bool: the lower triangle with the diagonal."""
+    return torch.ones(size, size, dtype=torch.bool).tril()
+
+
 def token_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
     """The (batch, tokens) padding mask among a model's inputs, if there is one."""
     for name in MASK_NAMES:
@@ -169,9 +191,13 @@ class Collector:
 
     Vectors wait in a buffer until there are enough of them: a Gram matrix takes one large product in a fraction
     of the time of many small ones. They are copied there, so that what a run returned is free at once.
+
+    Args:
+        counting: count the vectors, and nothing else.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, counting: bool = False) -> None:
+        self._counting = counting
         self._moments: dict[str, Moments] = {}
         self._buffers: dict[str, Tensor] = {}
         self._waiting: dict[str, int] = {}
@@ -185,6 +211,10 @@ class Collector:
         Raises:
             InvalidInputError: NaN or infinity; the error names the value.
         """
+        if self._counting:
+            count = self._moments.setdefault(name, Moments.zeros(1))
+            count.tokens, count.seen = count.tokens + len(rows), count.seen + (len(rows) if seen is None else seen)
+            return
         if name not in self._moments:
             self._moments[name] = Moments.zeros(rows.shape[-1])
             self._buffers[name] = torch.empty(TOGETHER, rows.shape[-1])
@@ -200,13 +230,14 @@ class Collector:
 
     @property
     def moments(self) -> dict[str, Moments]:
-        """Everything so far, by name.
+        """Everything so far, packed, by name.
 
         Raises:
             InvalidInputError: as for :meth:`add`.
         """
         for name in self._waiting:
             self._flush(name)
+            self._moments[name].pack()
         return self._moments
 
     def _flush(self, name: str) -> None:
@@ -223,12 +254,12 @@ def groups(sizes: Mapping[str, int], limit: int) -> Iterable[list[str]]:
 
     Args:
         sizes: channels of each value.
-        limit: bytes; a single value above it forms a group of its own.
+        limit: bytes; a single value above it forms a group of its own. 0 where there are no Gram matrices.
     """
     group: list[str] = []
     used = 0
     for name, channels in sizes.items():
-        need = 4 * channels * channels
+        need = 4 * channels * channels if limit else 0
         if group and used + need > limit:
             yield group
             group, used = [], 0

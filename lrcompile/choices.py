@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -15,6 +16,22 @@ from lrcompile.linop import Cost
 from lrcompile.rewrite import Context, Proposal
 from lrcompile.sites import LinearSite
 from lrcompile.windows import site_cost
+
+
+class Pricing(Protocol):
+    """What things at a site take, as shares of the latency of the model as it came."""
+
+    def dense(self, site: LinearSite) -> float:
+        """Of the site as it came."""
+        ...
+
+    def held(self, site: LinearSite) -> float:
+        """Of what it holds now."""
+        ...
+
+    def of(self, site: LinearSite, proposal: Proposal) -> float:
+        """Of a proposal."""
+        ...
 
 
 @dataclass(eq=False)
@@ -125,6 +142,7 @@ class Allocation:
         counts: vectors that one use of a site multiplies per sample.
         came: bytes and multiply–accumulates per sample of the whole model as it came; shares are shares of it.
         now: the same of the model as it stands, after exact rewrites.
+        prices: under a latency budget.
     """
 
     graph: Graph
@@ -134,6 +152,7 @@ class Allocation:
     budget: Budget
     came: Cost
     now: Cost
+    prices: Pricing | None = None
 
     def choose(self, curves: Mapping[str, Curve], reserve: np.ndarray | None = None) -> list[Choice]:
         """One choice for each site.
@@ -147,7 +166,7 @@ class Allocation:
         units = [self._unit(site, curves) for site in self.sites]
         held = sum((unit.costs[-1] for unit in units), np.zeros(len(COSTS)))
         rest = self._rest() + (0.0 if reserve is None else reserve)
-        whole = np.array([self._values(), self.came.nbytes or held[1], self.came.macs or held[2]])
+        whole = np.array([self._values(), self.came.nbytes or held[1], self.came.macs or held[2], 1.0])
         try:
             picked = allocate(units, self.budget.limits(whole, rest))
         except InfeasibleError as error:
@@ -170,18 +189,35 @@ class Allocation:
 
     def expected(self, choices: Sequence[Choice]) -> np.ndarray:
         """(limits,) cost of the whole model with these choices."""
-        rows = (_row(choice.cost, choice.count) for choice in choices)
+        rows = (_row(choice.cost, choice.count, self._price(choice.site, choice.proposal)) for choice in choices)
         return sum(map(np.array, rows), self._rest())
 
     def _rest(self) -> np.ndarray:
         """What the sites do not account for."""
         held = sum((np.array(_row(site_cost(s), self.counts[s.name])) for s in self.sites), np.zeros(len(COSTS)))
-        return np.maximum(np.array([0.0, self.now.nbytes - held[1], self.now.macs - held[2]]), 0.0)
+        rest = np.maximum(np.array([0.0, self.now.nbytes - held[1], self.now.macs - held[2], 0.0]), 0.0)
+        if self.prices is not None:  # may be negative while the scale of the prices is not yet known
+            rest[-1] = 1.0 - sum(self.prices.dense(site) for site in self.sites)
+        return rest
+
+    def _price(self, site: LinearSite, proposal: Proposal | None) -> float:
+        if self.prices is None:
+            return 0.0
+        return self.prices.held(site) if proposal is None else self.prices.of(site, proposal)
+
+    def _usable(self, site: LinearSite) -> list[Proposal]:
+        """Proposals that may be chosen: under a latency budget none that is slower than what is there."""
+        found = self.offers[site.name].usable
+        if self.prices is None:
+            return found
+        limit = self.prices.held(site)
+        return [proposal for proposal in found if self.prices.of(site, proposal) < limit]
 
     def _unit(self, site: LinearSite, curves: Mapping[str, Curve]) -> Unit:
-        usable = self.offers[site.name].usable
-        costs = [*(proposal.cost for proposal in usable), site_cost(site)]
-        rows = [_row(each, self.counts[site.name]) for each in costs]
+        usable = self._usable(site)
+        count = self.counts[site.name]
+        rows = [_row(each.cost, count, self._price(site, each)) for each in usable]
+        rows.append(_row(site_cost(site), count, self._price(site, None)))
         losses = [curves[site.name](proposal.error) for proposal in usable]
         return Unit(np.array(rows, dtype=float), np.array([*losses, 0.0]))
 
@@ -192,19 +228,22 @@ class Allocation:
         offer = self.offers[site.name]
         choice = Choice(site, came_cost(self.graph, site), site_cost(site), count=self.counts[site.name])
         choice.tails = offer.proposals[0].tails if offer.proposals else ()
-        if index < len(offer.usable):
-            proposal = choice.proposal = offer.usable[index]
+        usable = self._usable(site)
+        if index < len(usable):
+            proposal = choice.proposal = usable[index]
             choice.predicted, choice.reason, choice.tails = float(unit.losses[index]), proposal.label, proposal.tails
             return choice
         reasons = [*offer.broken.values(), *offer.reasons]
+        if offer.usable and not usable:
+            reasons.append("stays dense: everything on offer measured slower")
         choice.reason = "; ".join(reasons) or "stays dense: the budget buys more elsewhere"
         choice.refused = bool(offer.broken)
         return choice
 
 
-def _row(cost: Cost, count: float) -> tuple[float, float, float]:
+def _row(cost: Cost, count: float, latency: float = 0.0) -> tuple[float, float, float, float]:
     """Costs in the order of :data:`lrcompile.budget.COSTS`."""
-    return cost.parameters, cost.nbytes, cost.macs * count
+    return cost.parameters, cost.nbytes, cost.macs * count, latency
 
 
 def came_cost(graph: Graph, site: LinearSite) -> Cost:

@@ -72,7 +72,8 @@ def _pivoted(left: Tensor, right: Tensor, dtype: torch.dtype) -> LinearOperator:
     from scipy.linalg import qr
 
     out, rank = left.shape
-    order = torch.from_numpy(qr(left.T.numpy(), mode="r", pivoting=True)[1]).long()
+    *_, places = qr(left.T.numpy(), mode="r", pivoting=True)
+    order = torch.from_numpy(places).long()
     pivots, rest = order[:rank].sort().values, order[rank:].sort().values
     middle = Dense((left[pivots] @ right).to(dtype).contiguous())
     if not len(rest):

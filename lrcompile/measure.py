@@ -7,20 +7,25 @@ only, times the files in turns so that a noisy machine hurts them alike, and pri
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+PATIENCE = 6
+"""How many times as long as asked for a measurement may take to become as sharp as asked for."""
+MOST = 2000
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds per run of each file, and the ratio of the last to the first with its 95 % interval."""
+    """Milliseconds per run of each model, and the ratio of the last to the first with its 95 % interval."""
 
     median_ms: tuple[float, ...]
     p10_ms: tuple[float, ...]
@@ -40,12 +45,54 @@ def interval(first: Sequence[float], second: Sequence[float], *, draws: int = 10
     return statistics.median(ratios), medians[int(0.025 * draws)], medians[int(0.975 * draws) - 1]
 
 
-def time_files(files: Sequence[Path], feeds: Path, *, seconds: float = 4.0, threads: int = 0) -> Timing | None:
-    """Times the files in turns; None where one of them does not run on the CPU."""
-    found = _child(["time", str(feeds), str(seconds), str(threads), *map(str, files)])
-    if found is None:
-        return None
-    rows: list[list[float]] = found["ms"]
+def interleaved(
+    runs: Sequence[Callable[[], object]],
+    seconds: float,
+    *,
+    precision: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[list[float]]:
+    """Milliseconds of calls that are made in turns of random order; the first of each is not counted.
+
+    Args:
+        seconds: how long; a little longer where not even six calls fit.
+        precision: go on, up to :data:`PATIENCE` times as long, until the interval of the last to the first
+            is narrower than this share to each side; 0 stops after ``seconds``.
+        clock: in seconds.
+    """
+    for run in runs:
+        run()
+    rows: list[list[float]] = [[] for _ in runs]
+    order, begun, check = list(range(len(runs))), time.perf_counter(), seconds
+    while True:
+        passed = time.perf_counter() - begun
+        if len(rows[0]) >= MOST:
+            return rows
+        if len(rows[0]) >= 6 and passed >= check:
+            if passed >= PATIENCE * seconds or _sharp(rows, precision):
+                return rows
+            check = passed * 1.3
+        random.shuffle(order)
+        for index in order:
+            start = clock()
+            runs[index]()
+            rows[index].append((clock() - start) * 1000)
+
+
+def _sharp(rows: Sequence[Sequence[float]], precision: float) -> bool:
+    if not precision or len(rows) < 2:
+        return True
+    middle, low, high = interval(rows[0], rows[-1], draws=200)
+    return high - low <= 2 * precision * middle
+
+
+def cores(threads: int) -> int:
+    """The threads that a number means: 0 is all usable cores."""
+    return threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def summary(rows: Sequence[Sequence[float]], threads: int) -> Timing:
+    """What :func:`interleaved` rows say."""
     ratio, low, high = interval(rows[0], rows[-1])
     columns = [sorted(row) for row in rows]
     return Timing(
@@ -56,8 +103,34 @@ def time_files(files: Sequence[Path], feeds: Path, *, seconds: float = 4.0, thre
         low,
         high,
         len(rows[0]),
-        threads,
+        cores(threads),
     )
+
+
+def time_files(
+    files: Sequence[Path],
+    feeds: Path,
+    *,
+    seconds: float = 4.0,
+    threads: int = 0,
+    precision: float = 0.0,
+    busy: bool = False,
+) -> Timing | None:
+    """Times the files in turns; None where one of them does not run on the CPU.
+
+    Args:
+        busy: count the processor time of the only thread: the latency of an idle machine, on one that is not.
+    """
+    found = _child(
+        [
+            "busy" if busy and threads == 1 else "time",
+            str(feeds),
+            f"{seconds}/{precision}",
+            str(threads),
+            *map(str, files),
+        ]
+    )
+    return None if found is None else summary(found["ms"], threads)
 
 
 def peak_memory(file: Path, feeds: Path) -> int | None:
@@ -79,24 +152,25 @@ def _main(mode: str, feeds: str, seconds: str, threads: str, *files: str) -> Non
     options = ort.SessionOptions()
     options.intra_op_num_threads = int(threads)
     options.log_severity_level = 4
+    # threads that wait for the next run of one session would take the cores from the other
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     sessions = [ort.InferenceSession(file, options, providers=["CPUExecutionProvider"]) for file in files]
     with np.load(feeds) as stored:
         inputs = {name: stored[name] for name in stored.files}
 
-    def run(session) -> float:
-        start = time.perf_counter()
-        session.run(None, {value.name: inputs[value.name] for value in session.get_inputs()})
-        return (time.perf_counter() - start) * 1000
+    def runner(session) -> Callable[[], object]:
+        own = {value.name: inputs[value.name] for value in session.get_inputs()}
+        return lambda: session.run(None, own)
 
-    rows = [[run(session)] for session in sessions]  # the first run of each allocates; it is dropped below
-    if mode == "time":
-        deadline = time.perf_counter() + float(seconds)
-        while len(rows[0]) < 6 or (time.perf_counter() < deadline and len(rows[0]) < 2000):
-            order = list(range(len(sessions)))
-            random.shuffle(order)
-            for index in order:
-                rows[index].append(run(sessions[index]))
-    print(json.dumps({"ms": [row[1:] for row in rows], "bytes": _peak()}))
+    runs, rows = [runner(session) for session in sessions], []
+    if mode in ("time", "busy"):
+        wanted, precision = map(float, seconds.split("/"))
+        clock = time.thread_time if mode == "busy" else time.perf_counter
+        rows = interleaved(runs, wanted, precision=precision, clock=clock)
+    else:
+        for run in runs:
+            run()
+    print(json.dumps({"ms": rows, "bytes": _peak()}))
 
 
 def _peak() -> int:

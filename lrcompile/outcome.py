@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lrcompile import measure, verify
+from lrcompile import feeds, measure, timing, verify
 from lrcompile.budget import COSTS, Budget, quantity
 from lrcompile.choices import Choice, Planned
 from lrcompile.errors import GateError
@@ -41,8 +41,8 @@ def missing(run: Run, built: Runnable, files: AtomicSet | None, budget: Budget) 
         return np.zeros(len(COSTS))
     macs = built.macs(run.sample) if budget.macs is not None and run.sample is not None else 0
     on_disk = built.nbytes if files is None else files.nbytes
-    got = np.array([planned.after.parameters, on_disk, macs], dtype=float)
-    whole = np.array([planned.before.parameters, before.bytes, before.macs], dtype=float)
+    got = np.array([planned.after.parameters, on_disk, macs, 0.0])  # the latency is measured, and judged apart
+    whole = np.array([planned.before.parameters, before.bytes, before.macs, 1.0])
     over = got - budget.limits(whole, np.zeros(len(COSTS)))
     return np.where(over > 1e-9 * whole, np.maximum(got - planned.expected, over), 0.0)
 
@@ -98,9 +98,9 @@ def describe_after(run: Run, built: Runnable, files: AtomicSet | None) -> None:
     after = record.Size(built.parameters, on_disk, macs)
     interval = None
     source: Path | None = getattr(run.graph, "path", None)
-    if run.options.latency and files is not None and run.graph.kind == "onnx" and source is not None:
-        run.tell("measuring latency")
-        before, after, interval = _timed(run, source, files.path, before, after)
+    filed = files is not None and run.graph.kind == "onnx" and source is not None
+    if run.options.latency and (filed or run.timing is not None):
+        before, after, interval = _timed(run, built, files, before, after)
     if files is not None:
         report.output = record.FileInfo(files.target.name, sha256(files.path), on_disk)
     report.before, report.after = before, after
@@ -108,34 +108,31 @@ def describe_after(run: Run, built: Runnable, files: AtomicSet | None) -> None:
 
 
 def _timed(
-    run: Run, source: Path, result: Path, before: record.Size | None, after: record.Size
+    run: Run, built: Runnable, files: AtomicSet | None, before: record.Size | None, after: record.Size
 ) -> tuple[record.Size | None, record.Size, tuple[float, float, float] | None]:
-    feeds = _feeds(run)
-    if feeds is None or before is None:
+    found = run.timing or timing.measured(run, built, files)
+    if before is None:
         return before, after, None
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "feeds.npz"
-        np.savez(path, allow_pickle=False, **feeds)
-        timing = measure.time_files([source, result], path, seconds=run.options.seconds)
-        peaks = [measure.peak_memory(file, path) for file in (source, result)]
-    if timing is None:
+    if found is None:
         run.report.notes.append("latency was not measured: ONNX Runtime does not run the model on this CPU")
         return before, after, None
+    peaks = _peaks(run, files)
     sizes = [
         record.Size(size.parameters, size.bytes, size.macs, ms, peak)
-        for size, ms, peak in zip((before, after), timing.median_ms, peaks, strict=True)
+        for size, ms, peak in zip((before, after), found.median_ms, peaks, strict=True)
     ]
-    return sizes[0], sizes[1], (timing.ratio, timing.low, timing.high)
+    return sizes[0], sizes[1], (found.ratio, found.low, found.high)
 
 
-def _feeds(run: Run) -> dict[str, np.ndarray] | None:
-    """Inputs for timing: the first batch of held-out samples."""
-    if run.evaluation is not None:
-        batch = next(iter(run.evaluation))
-        wanted = run.options.latency_batch
-        fixed = any(isinstance(spec.shape[0], int) for spec in run.graph.input_specs if spec.shape)
-        return {name: array if fixed or not array.ndim else array[:wanted] for name, array in batch.items()}
-    return None if run.sample is None else dict(run.sample)
+def _peaks(run: Run, files: AtomicSet | None) -> list[int | None]:
+    """Peak memory of both files, where there are files."""
+    batch = timing.feed(run, planned=run.prices is not None)
+    source: Path | None = getattr(run.graph, "path", None)
+    if batch is None or files is None or source is None or run.graph.kind != "onnx":
+        return [None, None]
+    with tempfile.TemporaryDirectory() as folder:
+        path = feeds.stored(batch, Path(folder) / "feeds.npz")
+        return [measure.peak_memory(file, path) for file in (source, files.path)]
 
 
 def refuse_growth(run: Run, budget: Budget) -> None:
@@ -164,6 +161,7 @@ def reached(run: Run, budget: Budget) -> dict[str, record.BudgetLine]:
         "keep": keep,
         "bytes": None if after is None else float(after.bytes),
         "macs": None if after is None else float(after.macs),
+        "latency": timing.predicted(run) if run.timing is None else run.timing.ratio,
         "drift": None if run.report.drift is None else run.report.drift.value,
     }
     lines = {}
@@ -208,10 +206,6 @@ def conclude(run: Run) -> None:
             own = sum(choice.proposal is not None and choice.proposal.source == each.name for choice in choices)
             seconds = round(run.planning, 3)
             run.report.passes.append(record.PassRecord(str(each), False, own, len(choices) - own, None, seconds))
-    subgraphs = getattr(run.graph, "subgraph_weights", list)()
-    note = f"{len(subgraphs)} weights inside If, Loop or Scan bodies pass through unchanged"
-    if subgraphs and note not in report.notes:
-        report.notes.append(note)
 
 
 def _decision(site: Any, choice: Choice | None, touched: dict) -> record.Decision:

@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from lrcompile import outcome, stages
+from lrcompile import costs, outcome, stages, timing
 from lrcompile.budget import COSTS, Budget, quantity
 from lrcompile.choices import Planned
 from lrcompile.errors import GateError, InfeasibleError, LrcompileError, UsageError
 from lrcompile.files import AtomicSet, made_folder
 from lrcompile.graphs.base import Graph
 from lrcompile.lowering import Runnable
-from lrcompile.node_rewrite import NodeRewrite
 from lrcompile.options import Options
 from lrcompile.progress import Progress
 from lrcompile.registry import EXACT, backend_for, load
@@ -131,7 +130,7 @@ class Pipeline:
 
         run = self._prepare(open_graph(graph), calibration, None, tell, "plan")
         if not self.budget.limited:
-            raise UsageError("a plan needs a limit", hint="give --keep, --bytes, --macs or --drift")
+            raise UsageError("a plan needs a limit", hint="give --keep, --bytes, --macs, --latency or --drift")
         try:
             planned = self._planned(run)
             if self.budget.by_drift:
@@ -181,6 +180,8 @@ class Pipeline:
                 f"{what} needs calibration data",
                 hint="give --calib samples.npz, or --data-free to go without (the result is stamped uncalibrated)",
             )
+        if self.options.costs is not None and self.budget.latency is None:
+            raise UsageError("--costs is of use with --latency only", hint="give --latency 0.8")
         report = stages.new_report(verb, self.options, self.budget)
         run = stages.Run(graph, backend_for(graph), self.options, report, tell or Progress(), data, held)
         stages.describe_before(run)
@@ -202,8 +203,8 @@ class Pipeline:
     def _exact(self, run: stages.Run) -> int:
         """Graph passes in their order; those that rewrite nodes come before ours that rewrite weights."""
         ours = [load("passes", name)() for name in EXACT] if self.exact else []
-        nodes = [each for each in self.passes if isinstance(each, NodeRewrite)]
-        given = [each for each in self.passes if isinstance(each, GraphPass) and each not in nodes]
+        given = [each for each in self.passes if isinstance(each, GraphPass)]
+        nodes, given = [p for p in given if p.early], [p for p in given if not p.early]
         context = Context(run.graph, align=run.backend.align, seed=self.options.settings.seed)
         # a metric of the user's own judges at the gate only
         limit = self.options.limit(self.budget) if self.options.metric is None else math.inf
@@ -231,6 +232,7 @@ class Pipeline:
         if not rewrites:
             built = run.backend.build(run.graph)
             self._check_limits(run, built, None)
+            self._check_latency(run, built, None)
             outcome.conclude(run)
             report.status = "unchanged"
             report.seconds = time.monotonic() - start
@@ -242,6 +244,7 @@ class Pipeline:
         with made_folder(folder) if folder else nullcontext(), files or nullcontext():
             built = run.backend.build(run.graph, out=files)
             self._check_limits(run, built, files)
+            self._check_latency(run, built, files)
             outcome.conclude(run)
             outcome.gate(run, built, self.budget)
             outcome.describe_after(run, built, files)
@@ -256,6 +259,15 @@ class Pipeline:
         room = outcome.missing(run, built, files, self.budget)
         if room.any() and run.planned is not None:
             raise _MissedError(run.planned, room)
+
+    def _check_latency(self, run: stages.Run, built: Runnable, files: AtomicSet | None) -> None:
+        """Measures what was built against a latency budget, and chooses again where it misses."""
+        if run.prices is None or run.planned is None or not run.options.latency:
+            return
+        run.timing = timing.measured(run, built, files)
+        if timing.misses(run, self.budget):
+            run.report.costs["latency"] = costs.to_json(run.prices.table)
+            raise _MissedError(run.planned, np.zeros(len(COSTS)))
 
 
 class _MissedError(Exception):

@@ -8,7 +8,7 @@ curve. The scales need no gradients, so every graph that runs has them.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 from lrcompile import cache
 from lrcompile.budget import Budget, quantity
 from lrcompile.calibrate import Moments
-from lrcompile.choices import Allocation, Choice, Offer, Planned, left_out
+from lrcompile.choices import Allocation, Choice, Offer, Planned, Pricing, left_out
 from lrcompile.curves import Curve, measured, probe_batches
 from lrcompile.data import Batches
 from lrcompile.errors import UnsupportedError, UsageError
@@ -144,6 +144,7 @@ def plan(
     came: Cost | None = None,
     now: Cost | None = None,
     sample: Inputs | None = None,
+    price: Callable[[Sequence[LinearSite], Mapping[str, Offer]], Pricing] | None = None,
     tell: Progress | None = None,
 ) -> Planned:
     """Chooses an expression for every site under the budget.
@@ -152,6 +153,7 @@ def plan(
         came: bytes, and multiply–accumulates on ``sample``, of the whole model as it came.
         now: the same of the model as it stands, after exact rewrites; by default as it came.
         sample: one sample; it gives the number of vectors that each site multiplies.
+        price: finds out what everything on offer takes, under a latency budget.
 
     Raises:
         InfeasibleError: the passes offer nothing small enough.
@@ -168,7 +170,9 @@ def plan(
     probes = data is not None and (not gradients.tokens if settings.probes is None else settings.probes)
     run = _Planning(graph, sites, offers, context, data if probes else None, settings, tell)
     came = came or Cost()
-    allocation = Allocation(graph, sites, offers, positions(graph, sites, sample), budget, came, now or came)
+    counts = positions(graph, sites, sample)
+    prices = None if price is None else price(sites, offers)
+    allocation = Allocation(graph, sites, offers, counts, budget, came, now or came, prices)
     curves = _first_curves(run)
 
     def choose(reserve: np.ndarray | None = None) -> list[Choice]:
@@ -230,7 +234,7 @@ def _refreeze(graph: Graph, sites: list[LinearSite], left: list[Choice]) -> tupl
 def _offers(site: LinearSite, passes: Sequence[LinearPass], context: Context) -> Offer:
     offer = Offer([], [])
     before = site_cost(site)
-    for each in passes:
+    for each in filter(lambda each: each.concerns(site), passes):
         reason = each.refuse(site, context)
         if reason:
             offer.reasons.append(reason)
@@ -278,7 +282,7 @@ def positions(graph: Graph, sites: Sequence[LinearSite], sample: Inputs | None) 
     """Vectors that one use of each site multiplies for ``sample``, padding included; 1 where it is not known."""
     if sample is None or not sites:
         return {site.name: 1.0 for site in sites}
-    found = graph.observe([unmasked(sample)], sites, memory=2**40)
+    found = graph.observe([unmasked(sample)], sites, memory=0)
     return {site.name: found[site.input].multiplied / len(site.uses) if site.input in found else 1.0 for site in sites}
 
 

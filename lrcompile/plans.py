@@ -81,6 +81,7 @@ class Plan:
     Attributes:
         entries: by site name, those included that stay dense.
         moments: calibration statistics by key, for refits; empty where the plan was loaded without them.
+        gradients: moments of the outputs' gradients by site name, for refits likewise.
         calibrated: whether statistics were used.
         align, seed: as the passes were told.
         report: what was decided and predicted, and measured where evaluation data was given; None after loading.
@@ -94,6 +95,7 @@ class Plan:
 
     entries: dict[str, Entry]
     moments: Mapping[str, Moments] = field(default_factory=dict)
+    gradients: Mapping[str, Moments] = field(default_factory=dict)
     calibrated: bool = False
     align: int = 8
     seed: int = 0
@@ -194,9 +196,10 @@ class Plan:
             return "the plan was saved without statistics"
         with torch.inference_mode(False), torch.no_grad():
             each = self.passes.get(recipe.source) or parse(recipe.source, passes())
-            return _again(
-                each, recipe, found, Context(_Lone(found).graph, self.moments, align=self.align, seed=self.seed)
+            context = Context(
+                _Lone(found).graph, self.moments, align=self.align, seed=self.seed, gradients=self.gradients
             )
+            return _again(each, recipe, found, context)
 
 
 def _values(entry: Entry, parameters: Any) -> float:

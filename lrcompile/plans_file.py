@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def save(plan: Plan, folder: Path, *, statistics: bool, force: bool) -> None:
     content: dict[str, Any] = {
         "schema": SCHEMA,
         "entries": [writer.entry(entry) for entry in plan.entries.values()],
-        "statistics": writer.moments(plan.moments if statistics else {}),
+        "statistics": writer.moments(plan.moments if statistics else {}, "moments"),
+        "gradients": writer.moments(plan.gradients if statistics else {}, "gradients"),
         "calibrated": plan.calibrated,
         "align": plan.align,
         "seed": plan.seed,
@@ -77,7 +79,7 @@ class _Writer:
             "recipe": None if recipe is None else {**vars(recipe), "inputs": list(recipe.inputs)},
         }
 
-    def moments(self, found: Mapping[str, Moments]) -> list[list[Any]]:
+    def moments(self, found: Mapping[str, Moments], kind: str) -> list[list[Any]]:
         """One list of keys for each object: sites that read one tensor share their moments."""
         keys: dict[int, list[str]] = {}
         for key, moments in found.items():
@@ -86,8 +88,8 @@ class _Writer:
             stored = found[names[0]].tensors()
             gram = stored.pop("gram")
             rows, columns = torch.tril_indices(*gram.shape).unbind()
-            self.held[f"moments.{index}.gram"] = gram[rows, columns]
-            self.held.update({f"moments.{index}.{name}": value for name, value in stored.items()})
+            self.held[f"{kind}.{index}.gram"] = gram[rows, columns]
+            self.held.update({f"{kind}.{index}.{name}": value for name, value in stored.items()})
         return list(keys.values())
 
 
@@ -141,14 +143,11 @@ def _held(folder: Path) -> dict[str, Tensor]:
 def _read(content: dict[str, Any], held: dict[str, Tensor]) -> Plan:
     memo: dict[Any, Any] = {}
     entries = [_entry(item, held, memo) for item in content["entries"]]
-    moments = {}
-    for index, keys in enumerate(content["statistics"]):
-        found = _moments(held, f"moments.{index}.")
-        moments.update({_text(key): found for key in keys})
     drift = content["drift"]
     return Plan(
         {entry.name: entry for entry in entries},
-        moments,
+        _keyed(content["statistics"], held, "moments"),
+        _keyed(content["gradients"], held, "gradients"),
         calibrated=bool(content["calibrated"]),
         align=int(content["align"]),
         seed=int(content["seed"]),
@@ -191,11 +190,17 @@ def _replacement(
 ) -> Replacement:
     operator = rebuild(item["structure"], {path: held[_text(key)] for path, key in item["tensors"].items()}, "", memo)
     check_indices(operator, name)
-    wanted = (shape[1], shape[0]) if kind == "Conv1D" else (shape[0], shape[1])
+    wanted = (shape[1], shape[0]) if kind == "Conv1D" else (shape[0], prod(shape[1:]))
     shift = None if item["shift"] is None else held[_text(item["shift"])]
     if operator.shape != wanted or (shift is not None and tuple(shift.shape) != wanted[:1]):
         raise InvalidInputError(f"factors of {operator.shape} do not fit a weight of {wanted}", where=name)
     return Replacement(operator, shift)
+
+
+def _keyed(items: list[list[Any]], held: dict[str, Tensor], kind: str) -> dict[str, Moments]:
+    """Moments by each of their keys."""
+    found = [_moments(held, f"{kind}.{index}.") for index in range(len(items))]
+    return {_text(key): each for keys, each in zip(items, found, strict=True) for key in keys}
 
 
 def _moments(held: dict[str, Tensor], prefix: str) -> Moments:

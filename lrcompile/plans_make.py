@@ -96,6 +96,7 @@ def _plan(
     plan = Plan(
         {entry.name: entry for entry in entries},
         dict(planned.context.moments),
+        dict(planned.context.gradients),
         calibrated=bool(planned.context.moments),
         align=planned.context.align,
         seed=planned.context.seed,

@@ -11,7 +11,9 @@ from lrcompile.errors import UsageError, nearest
 PASSES = {
     "clean": "lrcompile.passes.clean:Clean",
     "fold": "lrcompile.passes.fold:Fold",
+    "fold-scales": "lrcompile.passes.fold_scales:FoldScales",
     "exact-low-rank": "lrcompile.passes.exact_low_rank:ExactLowRank",
+    "conv-low-rank": "lrcompile.passes.conv_low_rank:ConvLowRank",
     "low-rank": "lrcompile.passes.low_rank:LowRank",
 }
 BACKENDS = {
@@ -20,6 +22,8 @@ BACKENDS = {
 }
 EXACT = ("clean", "fold", "exact-low-rank")
 """Passes that always run, in this order."""
+LOSSY = ("low-rank", "conv-low-rank")
+"""Passes that a budget is spent on where none are named."""
 
 
 def names(kind: str) -> dict[str, str]:

@@ -40,6 +40,8 @@ class Proposal:
         source: the name of the pass.
         rank: its rank, where it has one.
         tails: error at every rank from 0 on, where the pass knows it; for pictures.
+        form: how it is stored, where a pass has several ways: proposals of one pass, form and shape differ in
+            size only, so what they cost in time is measured at a few sizes.
     """
 
     sites: tuple[str, ...]
@@ -50,6 +52,7 @@ class Proposal:
     source: str = ""
     rank: int | None = None
     tails: Sequence[float] = ()
+    form: str = ""
 
     @cached_property
     def by(self) -> Mapping[str, Replacement]:
@@ -156,7 +159,7 @@ class Pass(ABC):
         """Every option with its type and default."""
         if not dataclasses.is_dataclass(cls):
             return {}
-        return {f.name: (str(f.type), _default(f)) for f in dataclasses.fields(cls)}
+        return {f.name: (_type_name(f.type), _default(f)) for f in dataclasses.fields(cls)}
 
     def __str__(self) -> str:
         if not _is_data(type(self)):
@@ -173,6 +176,11 @@ def _is_data(cls: type) -> bool:
     return dataclasses.is_dataclass(cls)
 
 
+def _type_name(kind: Any) -> str:
+    """As it is written; with and without ``from __future__ import annotations``."""
+    return kind.__name__ if type(kind) is type else str(kind)
+
+
 def _default(f: dataclasses.Field) -> Any:
     if f.default is not dataclasses.MISSING:
         return f.default
@@ -180,9 +188,14 @@ def _default(f: dataclasses.Field) -> Any:
 
 
 class GraphPass(Pass):
-    """A pass that rewrites a graph directly; exact unless it says otherwise."""
+    """A pass that rewrites a graph directly; exact unless it says otherwise.
+
+    Attributes:
+        early: it puts another model in the place of the graph's, so it runs before those that replace weights.
+    """
 
     exact: ClassVar[bool] = True
+    early: ClassVar[bool] = False
 
     @abstractmethod
     def apply(self, graph: Graph, context: Context) -> Sequence[Outcome]:
@@ -195,6 +208,10 @@ class LinearPass(Pass):
     def propose(self, site: LinearSite, context: Context) -> Iterator[LinearOperator]:
         """Cheaper expressions for the site; most users override this one."""
         raise UsageError(f"{self.name}: a linear pass defines propose() or proposals()")
+
+    def concerns(self, site: LinearSite) -> bool:
+        """Whether the site is of a kind that the pass is for; others are not even refused."""
+        return True
 
     def refuse(self, site: LinearSite, context: Context) -> str:
         """Why the pass leaves the site alone; empty where it does not."""
@@ -211,6 +228,7 @@ class LinearPass(Pass):
                 lambda by=stored: {site.name: Replacement(by)},
                 label=repr(stored),
                 source=self.name,
+                form=outline(stored),
             )
 
 
@@ -226,6 +244,14 @@ def _like(operator: LinearOperator, site: LinearSite) -> LinearOperator:
         return dataclasses.replace(leaf, **{n: t.to(dtype) for n, t in wide.items()}) if wide else leaf  # type: ignore
 
     return map_leaves(operator, cast)
+
+
+def outline(operator: LinearOperator) -> str:
+    """The types of an expression, without sizes: ``Product(Dense, Dense)``."""
+    from lrcompile.linop.tree import children
+
+    parts = ", ".join(map(outline, children(operator)))
+    return f"{type(operator).__name__}({parts})" if parts else type(operator).__name__
 
 
 def storage_dtype(operator: LinearOperator) -> torch.dtype:

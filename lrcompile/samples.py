@@ -2,35 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from lrcompile.calibrate import MASK_NAMES
 from lrcompile.data import InputSpec
-from lrcompile.errors import LrcompileError
+from lrcompile.errors import LrcompileError, UsageError, nearest
 from lrcompile.graphs.base import Graph, Inputs
 
 _FREE = 4  # size of a free dimension; the first one counts samples
 
 
-def sample_inputs(graph: Graph, seed: int = 0) -> dict[str, np.ndarray] | None:
+def sample_inputs(
+    graph: Graph, seed: int = 0, given: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, np.ndarray] | None:
     """One batch that the graph runs on, or None where its declarations do not say enough.
 
     Floats are normal, integers are 0 or 1 (small enough for any table), masks are all ones.
+
+    Args:
+        given: shapes by the name of an input, sizes by the name of a free dimension.
+
+    Raises:
+        UsageError: a name that the graph does not know, or a shape that does not fit.
     """
     generator = np.random.default_rng(seed)
-    sizes: dict[str, int] = {}
+    sizes, shapes = _given(graph, given or {})
     made = {}
     for spec in graph.input_specs:
         if spec.dtype is None or np.dtype(spec.dtype).kind in "OSU":
             return None
-        made[spec.name] = _array(spec, sizes, generator)
+        made[spec.name] = _array(replace(spec, shape=shapes.get(spec.name, spec.shape)), sizes, generator)
     try:
         graph.run(made)
     except LrcompileError:
         return None
     return made
+
+
+def _given(
+    graph: Graph, given: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, int], dict[str, tuple[int | str | None, ...]]]:
+    """Sizes of free dimensions, and shapes of inputs; an input's shape also tells its dimensions' sizes."""
+    specs = {spec.name: spec for spec in graph.input_specs}
+    free = {size for spec in specs.values() for size in spec.shape if isinstance(size, str) and size}
+    sizes: dict[str, int] = {}
+    shapes: dict[str, tuple[int | str | None, ...]] = {}
+    for name, shape in given.items():
+        if name in specs:
+            declared = specs[name].shape
+            fits = len(declared) in (0, len(shape)) and all(
+                not isinstance(size, int) or size == wanted for size, wanted in zip(declared, shape, strict=False)
+            )
+            if not fits:
+                raise UsageError(f"the shape {tuple(shape)} does not fit the declared {declared}", where=name)
+            shapes[name] = tuple(shape)
+            sizes.update((size, wanted) for size, wanted in zip(declared, shape, strict=False) if isinstance(size, str))
+        elif name in free and len(shape) == 1:
+            sizes[name] = shape[0]
+        else:
+            raise UsageError(f"'{name}' is no input or free dimension", hint=nearest(name, {*specs, *free}))
+    return sizes, shapes
 
 
 def _array(spec: InputSpec, sizes: dict[str, int], generator: np.random.Generator) -> np.ndarray:

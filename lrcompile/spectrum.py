@@ -35,7 +35,7 @@ class Spectrum:
     tails: Tensor
     basis: Tensor  # (out, k) where wide, (in, k) where tall: eigenvectors in the whitened space
     root: Tensor | None  # lower Cholesky factor of H, or (in,) square roots of a diagonal one
-    outer: Tensor | None = None  # where wide: lower Cholesky factor of G
+    outer: Tensor | None = None  # where wide: lower Cholesky factor of G, rounded like the basis
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """Balanced factors (out, rank), (rank, in) of the best approximation, float64.
@@ -48,8 +48,8 @@ class Spectrum:
     def _pair(self, rank: int) -> tuple[Tensor, Tensor]:
         weight, basis = self.weight.double(), self.basis[:, :rank].double()
         if self.outer is not None:
-            left = torch.linalg.solve_triangular(self.outer.T, basis, upper=True)
-            return left, (self.outer @ basis).T @ weight
+            outer = self.outer.double()
+            return torch.linalg.solve_triangular(outer.T, basis, upper=True), (outer @ basis).T @ weight
         if self.root is None:
             return basis, basis.T @ weight
         if self.root.ndim == 1:
@@ -153,6 +153,7 @@ def spectrum(weight: Tensor, metric: Tensor | None, outer: Tensor | None = None)
         inner = wide if metric is None else wide @ metric if metric.ndim == 2 else wide * metric
         energy, root = inner @ wide.T, None if outer is None else _root(outer)
         if root is not None:
+            root = root.diag() if root.ndim == 1 else root  # it has no Cholesky factor to speak of
             energy = root.T @ energy @ root
         return _decompose(weight, energy, None, root)
     root = torch.ones(into, dtype=torch.float64) if metric is None else _root(metric)
@@ -177,4 +178,4 @@ def _decompose(weight: Tensor, energy: Tensor, root: Tensor | None, outer: Tenso
     values, vectors = torch.linalg.eigh((energy + energy.T) / 2)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     exact = weight.dtype if weight.dtype == torch.float64 else torch.float32  # all bases are held at once
-    return Spectrum(weight, values, _tails(values), vectors.to(exact), root, outer)
+    return Spectrum(weight, values, _tails(values), vectors.to(exact), root, None if outer is None else outer.to(exact))

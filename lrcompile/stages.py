@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrcompile import verify
+from lrcompile import costs, timing, verify
 from lrcompile.budget import Budget
 from lrcompile.choices import Choice, Planned
 from lrcompile.data import Batches
@@ -17,8 +17,10 @@ from lrcompile.files import digest
 from lrcompile.graphs.base import Graph, Inputs, Outputs
 from lrcompile.linop import Cost
 from lrcompile.lowering import Backend
+from lrcompile.measure import Timing
 from lrcompile.options import Options
 from lrcompile.planning import plan
+from lrcompile.profiling.prices import Prices
 from lrcompile.progress import Progress
 from lrcompile.report import machine, record, versions
 from lrcompile.rewrite import Context, GraphPass, LinearPass, Outcome, Proposal, Refused, Rewritten
@@ -42,6 +44,9 @@ class Run:
     stored: int = 0  # bytes of the tensors of the model as it came
     linear: Sequence[LinearPass] = ()
     planning: float = 0.0  # seconds
+    prices: Prices | None = None  # under a latency budget
+    timing: Timing | None = None  # of the result against the original, where it was measured
+    corrections: int = 0  # of the prices by results
 
 
 def new_report(verb: Any, options: Options, budget: Budget) -> record.Report:
@@ -194,11 +199,22 @@ def make_plan(run: Run, passes: Sequence[LinearPass], budget: Budget) -> Planned
     came, now = _sizes(run)
     settings = run.options.settings
     planned = plan(
-        run.graph, passes, budget, run.calibration, settings, came=came, now=now, sample=run.sample, tell=run.tell
+        run.graph,
+        passes,
+        budget,
+        run.calibration,
+        settings,
+        came=came,
+        now=now,
+        sample=run.sample,
+        price=timing.pricer(run, budget),
+        tell=run.tell,
     )
     run.planned, run.linear, run.planning = planned, passes, time.monotonic() - start
     run.report.notes.extend(planned.notes)
     run.report.costs = {"curves": {name: vars(curve) for name, curve in planned.curves.items()}}
+    if run.prices is not None:
+        run.report.costs["latency"] = costs.to_json(run.prices.table)
     moments = list(planned.context.moments.values())
     if run.report.calibration is not None and run.calibration is not None and moments:
         tokens = max(moment.tokens for moment in moments)

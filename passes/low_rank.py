@@ -79,8 +79,10 @@ class LowRank(LinearPass):
         """One proposal for each aligned rank below break-even; factors are made when chosen."""
         analysed = self._analyse(site, context)
         tails = self._errors(site, context, analysed).tolist()
+        # without data a plan may be of a model that is larger than memory: what is chosen is decomposed again
+        kept = analysed if context.statistics(site) is not None else None
         for rank, gauged in self._forms(site, context):
-            yield self._proposal(site, context, analysed, tails, rank, gauged)
+            yield self._proposal(site, context, kept, tails, rank, gauged)
 
     def _forms(self, site: LinearSite, context: Context) -> Iterator[tuple[int, bool]]:
         """Ranks, and whether in the identity gauge."""
@@ -91,18 +93,24 @@ class LowRank(LinearPass):
             yield from ((rank, True) for rank in ranks if rank >= least and rank * rank >= COPY * site.shape[0])
 
     def _proposal(
-        self, site: LinearSite, context: Context, analysed: Spectrum, tails: list[float], rank: int, gauged: bool
+        self, site: LinearSite, context: Context, kept: Spectrum | None, tails: list[float], rank: int, gauged: bool
     ) -> Proposal:
         return Proposal(
             (site.name,),
             tails[rank],
             _price(site, rank, gauged),
-            lambda: {site.name: self._build(site, context, analysed, rank, gauged)},
+            lambda: {site.name: self._build(site, context, kept or self._analyse(site, context), rank, gauged)},
             label=f"rank {rank}, identity gauge" if gauged else f"rank {rank}",
             source=self.name,
             rank=rank,
             tails=tails,
+            form=self._form(site, gauged),
         )
+
+    def _form(self, site: LinearSite, gauged: bool) -> str:
+        if not gauged:
+            return ""
+        return "permuted gauge" if permuted(storage_dtype(site.operator)) else "gauge"
 
     def _analyse(self, site: LinearSite, context: Context) -> Spectrum:
         moments = context.statistics(site)

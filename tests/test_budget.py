@@ -263,10 +263,10 @@ def test_bad_budgets(bad: dict):
 
 
 def test_limits_are_shares_up_to_one_and_amounts_above():
-    before, fixed = np.array([1000.0, 5000.0, 70_000.0]), np.array([0.0, 1000.0, 20_000.0])
-    limits = Budget(keep=0.5, bytes=0.6, macs="40k").limits(before, fixed)
-    assert limits.tolist() == [500.0, 2000.0, 20_000.0]
-    assert Budget(drift=0.1).limits(before, fixed).tolist() == [INF, INF, INF]
+    before, fixed = np.array([1000.0, 5000.0, 70_000.0, 1.0]), np.array([0.0, 1000.0, 20_000.0, 0.25])
+    limits = Budget(keep=0.5, bytes=0.6, macs="40k", latency=0.75).limits(before, fixed)
+    assert limits.tolist() == [500.0, 2000.0, 20_000.0, 0.5]
+    assert Budget(drift=0.1).limits(before, fixed).tolist() == [INF] * 4
     assert not Budget().limited and Budget(bytes="60MB").limited
     assert Budget(drift=0.1).by_drift and not Budget(drift=0.1, keep=0.9).by_drift
 

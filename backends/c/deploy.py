@@ -210,6 +210,6 @@ def _compare(found: Check, outputs: Mapping[str, np.ndarray], expected: Mapping[
 
 def versions() -> dict[str, str]:
     """The compiler and the emulator, for reports."""
-    import unicorn
+    from importlib.metadata import version
 
-    return {"toolchain": compiler_version(), "emulator": f"unicorn {unicorn.__version__}"}
+    return {"toolchain": compiler_version(), "emulator": f"unicorn {version('unicorn')}"}

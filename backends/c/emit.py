@@ -65,7 +65,7 @@ class _Call:
 class _Emitter:
     def __init__(self, schedule: Schedule) -> None:
         self.schedule, self.formulas = schedule, schedule.formulas
-        taken = set(_RESERVED)
+        taken: set[str] = set(_RESERVED)
         self.inputs = [
             Port(name, identifier(name, taken), dtype, shape) for name, (shape, dtype) in self.formulas.inputs.items()
         ]

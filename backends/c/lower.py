@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -24,7 +23,7 @@ from lrcompile.dataflow.stage import START, Part
 from lrcompile.dataflow.stage import start as first_value
 from lrcompile.errors import UnsupportedError
 
-Env = Mapping[Var, Any]
+Env = dict[Var, Any]
 KINDS = {
     **{"add": tirx.Add, "sub": tirx.Sub, "mul": tirx.Mul, "eq": tirx.EQ, "ne": tirx.NE, "lt": tirx.LT, "le": tirx.LE},
     **{"gt": tirx.GT, "ge": tirx.GE, "and": tirx.And, "or": tirx.Or},
@@ -99,7 +98,7 @@ class Lowering:
         return [stmt for at, child in node.children if at == level for stmt in self._node(child, env)]
 
     def _loop(self, loop: Loop, var: Any, body: list[Any]) -> list[Any]:
-        turn = tirx.Var(f"i{next(self._count)}", "int32")
+        turn: Any = tirx.Var(f"i{next(self._count)}", "int32")
         first: Any = turn * loop.tile if loop.tile > 1 else turn
         if not loop.exact:
             first = tirx.Min(first, _int(loop.var.extent - 1))
@@ -129,10 +128,10 @@ class Lowering:
         """Results of one block in registers; ``blocked`` has (axis, first, number of blocks, size of a block)."""
         used = {each[0] for each in blocked}
         env, loops = self._loops([var for var in part.axes if var.extent > 1 and var not in used], env)
-        bases = []
+        bases: list[Any] = []
         for _, first, count, size in blocked:
             if count > 1:
-                turn = tirx.Var(f"b{next(self._count)}", "int32")
+                turn: Any = tirx.Var(f"b{next(self._count)}", "int32")
                 loops.append((turn, count))
                 bases.append(turn * size + first)
             else:
@@ -146,7 +145,7 @@ class Lowering:
     def _reduce(self, node: Node, part: Part, points: list[Env]) -> Any:
         body = part.body
         assert body is not None
-        total = tirx.decl_buffer((len(points),), _storage(body.dtype), "acc", layout=None)
+        total = tirx.decl_buffer((len(points),), _storage(body.dtype), "acc", layout=None)  # type: ignore[arg-type]
         first = self._value(first_value(part.combine, body.dtype), {}, node, None)
         stmts = [tirx.AllocBuffer(total)]
         stmts += [tirx.BufferStore(total, first, [_int(at)]) for at in range(len(points))]
@@ -177,7 +176,7 @@ class Lowering:
             turn = tirx.Var(f"k{next(self._count)}", "int32")
             return _seq(integer.loop(self, node, found, total, points, update, turn))
         extent, width = last[0].extent, max(1, min(UNROLL, 64 // len(points)))
-        turn = tirx.Var(f"k{next(self._count)}", "int32")
+        turn: Any = tirx.Var(f"k{next(self._count)}", "int32")
         whole, rest = divmod(extent, width)
         stmts = []
         if whole:
@@ -225,7 +224,7 @@ class Lowering:
             symbol = f"t{len(self.buffers)}"
             inside = node is not None and node is not self.nest.root
             shape = node.region.extents if node is not None and inside else self.shapes.shape(name)
-            buffer = tirx.decl_buffer((max(prod(shape), 1),), _storage(dtype), f"{symbol}_view", layout=None)
+            buffer = tirx.decl_buffer((max(prod(shape), 1),), _storage(dtype), f"{symbol}_view", layout=None)  # type: ignore[arg-type]
             self.buffers[name] = buffer
             self.pointers[name] = Pointer(symbol, PointerType(PrimType(_storage(dtype)), "global"))
         return self.buffers[name]

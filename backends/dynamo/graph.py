@@ -13,7 +13,9 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from lrcompile.graphs.structured import affine, strided
-from lrcompile.linop import Dense, LinearOperator, Product, Scaled, Sum, rebuild, structure, tensors
+from lrcompile.linop import Dense, Identity, LinearOperator, Product, Scaled, Stack, Sum, rebuild, structure, tensors
+from lrcompile.sites import Window
+from lrcompile.windows import convolve
 
 linear: Any = torch._C._nn.linear  # pyright: ignore[reportAttributeAccessIssue] - what torch captures for F.linear
 LINEAR = (linear, functional.linear, torch.ops.aten.linear.default)
@@ -30,7 +32,7 @@ class Use:
     kind: str
     input: Any
     bias: Any = None
-    stride: tuple[int, ...] = ()
+    window: Window | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,29 +85,32 @@ def use_of(node: fx.Node, weight: fx.Node) -> Use | None:
         return Use(node, "Conv1D", args[0])
     if target in ADDMM and len(args) == 3 and not node.kwargs and args[2] is weight:
         return Use(node, "Conv1D", args[1], args[0]) if _is_vector(args[0]) else None
-    return _pointwise(node, weight) if target in CONVS else None
+    return _convolution(node, weight) if target in CONVS else None
 
 
 def _named(node: fx.Node, names: Sequence[str]) -> dict[str, Any]:
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
-def _pointwise(node: fx.Node, weight: fx.Node) -> Use | None:
+def _convolution(node: fx.Node, weight: fx.Node) -> Use | None:
     given = _named(node, ("input", "weight", "bias", "stride", "padding", "dilation", "groups"))
     value = _example(weight)
-    axes = 0 if value is None else value.ndim - 2
-    if (
-        value is None
-        or given.get("weight") is not weight
-        or not axes
-        or any(int(size) != 1 for size in value.shape[2:])
-    ):
+    if value is None or given.get("weight") is not weight or given.get("groups", 1) != 1:
         return None
-    padding, stride = given.get("padding", 0), given.get("stride", 1)
-    none = padding in ("valid", "same") or all(amount == 0 for amount in _each(padding, axes))
-    if given.get("groups", 1) != 1 or not none or (padding == "same" and any(s != 1 for s in _each(stride, axes))):
+    kernel = tuple(int(size) for size in value.shape[2:])
+    strides, dilations = (_each(given.get(name, 1), len(kernel)) for name in ("stride", "dilation"))
+    pads = _pads(given.get("padding", 0), kernel, dilations)
+    if not all(isinstance(number, int) for number in (*strides, *pads, *dilations)):
         return None
-    return Use(node, "Conv", given["input"], given.get("bias"), _each(stride, axes))
+    return Use(node, "Conv", given["input"], given.get("bias"), Window(kernel, strides, pads, dilations))
+
+
+def _pads(padding: Any, kernel: tuple[int, ...], dilations: tuple[int, ...]) -> tuple[int, ...]:
+    """Zeros before each axis, then behind each axis."""
+    if padding == "same":
+        total = [(size - 1) * spread for size, spread in zip(kernel, dilations, strict=True)]
+        return (*(size // 2 for size in total), *(size - size // 2 for size in total))
+    return _each(0 if padding == "valid" else padding, len(kernel)) * 2
 
 
 def _each(value: Any, axes: int) -> tuple[int, ...]:
@@ -199,16 +204,18 @@ def rewrite(graph: fx.Graph, marked: Sequence[Marked], forms: Sequence[Form | No
 
 
 def _replace(graph: fx.Graph, use: Use, one: Form, inputs: list[fx.Node], leaves: Sequence[Tensor]) -> None:
-    operator = _operator(one.text, one.paths, tuple(leaves[index] for index in one.leaves))
+    operator = rebuilt(one.text, one.paths, tuple(leaves[index] for index in one.leaves))
     nodes = {id(leaves[index]): inputs[index] for index in one.leaves}
     with graph.inserting_before(use.node):
         bias = use.bias
         if one.shift is not None:
             shift = inputs[one.shift]
             bias = shift if bias is None else graph.call_function(torch.add, (bias, shift))
-        if use.stride:
-            args = (use.input, bias, use.stride, one.text, one.paths, *(inputs[index] for index in one.leaves))
-            out = graph.call_function(pointwise, args)
+        if use.window is not None:
+            at = use.window
+            geometry = (at.kernel, at.strides, at.pads, at.dilations)
+            args = (use.input, bias, geometry, one.text, one.paths, *(inputs[index] for index in one.leaves))
+            out = graph.call_function(along_window, args)
         else:
             out = emit(graph, operator, use.input, bias, nodes)
     use.node.replace_all_uses_with(out)
@@ -230,6 +237,11 @@ def emit(graph: fx.Graph, op: LinearOperator, x: Any, bias: Any, nodes: dict[int
         case Scaled(scale=scale, operator=below):
             out = graph.call_function(torch.mul, (emit(graph, below, x, None, nodes), nodes[id(scale)]))
             return out if bias is None else graph.call_function(torch.add, (out, bias))
+        case Identity():
+            return x if bias is None else graph.call_function(torch.add, (x, bias))
+        case Stack(parts=parts):
+            out = graph.call_function(torch.cat, ([emit(graph, part, x, None, nodes) for part in parts], -1))
+            return out if bias is None else graph.call_function(torch.add, (out, bias))
         case _:
             own = list(tensors(op))
             paths = tuple(path for path, _ in own)
@@ -242,19 +254,27 @@ def _parsed(text: str) -> Any:
     return json.loads(text)
 
 
-def _operator(text: str, paths: Sequence[str], values: Sequence[Tensor]) -> LinearOperator:
+def rebuilt(text: str, paths: Sequence[str], values: Sequence[Tensor]) -> LinearOperator:
+    """An expression from its structure, as JSON, and its tensors."""
     return rebuild(_parsed(text), dict(zip(paths, values, strict=True)))
 
 
 def along_last(x: Tensor, bias: Tensor | None, text: str, paths: Sequence[str], *values: Tensor) -> Tensor:
     """Any operator on the last axis."""
-    return affine(_operator(text, paths, values), x, bias)
+    return affine(rebuilt(text, paths, values), x, bias)
 
 
-def pointwise(
-    x: Tensor, bias: Tensor | None, stride: Sequence[int], text: str, paths: Sequence[str], *values: Tensor
+def along_window(
+    x: Tensor, bias: Tensor | None, geometry: Sequence[Sequence[int]], text: str, paths: Sequence[str], *values: Tensor
 ) -> Tensor:
-    """Any operator on the channels of a convolution with a kernel of one element."""
-    operator, axis = _operator(text, paths, values), -len(stride) - 1
-    moved = strided(x, stride).movedim(axis, -1)
-    return affine(operator, moved, bias).movedim(-1, axis).contiguous()
+    """Any operator as the kernel of a convolution; ``geometry`` is kernel, strides, pads and dilations."""
+    operator, window = rebuilt(text, paths, values), Window(*(tuple(numbers) for numbers in geometry))
+    if window.pointwise:
+        axis = -window.rank - 1
+        moved = strided(x, window.strides).movedim(axis, -1)
+        return affine(operator, moved, bias).movedim(-1, axis).contiguous()
+    batched = x if x.ndim == window.rank + 2 else x.unsqueeze(0)
+    out = convolve(operator, batched, window)
+    if bias is not None:
+        out = out + bias.to(out.dtype).reshape(-1, *[1] * window.rank)
+    return out if batched is x else out.squeeze(0)

@@ -47,6 +47,10 @@ Macs = Annotated[
 Limit = Annotated[
     float | None, _option("--drift", help="the drift must stay below this; alone: as few bytes as it allows")
 ]
+Pace = Annotated[float | None, _option("--latency", help="time of a run over the original's: 0.8")]
+Costs = Annotated[str | None, _option("--costs", help="costs.json of the target, or an earlier report, with --latency")]
+Timed = Annotated[str | None, _option("--latency-inputs", help="the batch of timed runs, same forms as --calib")]
+TimedBatch = Annotated[int, _option("--latency-batch", help="samples of --calib in a timed run")]
 Preset = Annotated[str | None, _option("--preset", help="safe (exact rewrites only), balanced, small or mcu")]
 Drift = Annotated[float | None, _option("--max-drift", help="largest relative L2 change of an output")]
 Passes = Annotated[list[str] | None, _option("-p", "--pass", help='a pass with options: "low-rank{metric=plain}"')]
@@ -63,6 +67,9 @@ Metric = Annotated[
 ]
 Growth = Annotated[bool, _option("--force-growth", help="publish a larger or slower result")]
 Latency = Annotated[bool, _option("--latency-check/--no-latency-check", help="measure latency and memory")]
+Threads = Annotated[int, _option("--threads", help="threads of timed runs; 0: all cores")]
+Shape = Annotated[list[str] | None, _option("--shape", help="input_ids=1x128, or batch=16: shapes of made-up inputs")]
+Samples = Annotated[int | None, _option("--samples", help="samples of --calib in a timed run; 8 if not given")]
 Output = Annotated[str | None, typer.Option("-o", "--output", help="default: MODEL.lrcompile.onnx")]
 
 app = typer.Typer(
@@ -89,6 +96,7 @@ def plan(
     keep: Keep = None,
     bytes: Bytes = None,
     macs: Macs = None,
+    latency: Pace = None,
     drift: Limit = None,
     calib: Calib = None,
     passes: Passes = None,
@@ -96,6 +104,10 @@ def plan(
     exclude: Exclude = None,
     preset: Preset = None,
     data_free: DataFree = False,
+    threads: Threads = 0,
+    latency_batch: TimedBatch = 8,
+    latency_inputs: Timed = None,
+    costs: Costs = None,
     cache: Cache = True,
     probes: Probes = None,
     seed: Seed = 0,
@@ -118,6 +130,7 @@ def optimize(
     keep: Keep = None,
     bytes: Bytes = None,
     macs: Macs = None,
+    latency: Pace = None,
     drift: Limit = None,
     calib: Calib = None,
     eval: Eval = None,
@@ -132,6 +145,10 @@ def optimize(
     force_growth: Growth = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="do everything but write the result")] = False,
     latency_check: Latency = True,
+    threads: Threads = 0,
+    latency_batch: TimedBatch = 8,
+    latency_inputs: Timed = None,
+    costs: Costs = None,
     cache: Cache = True,
     probes: Probes = None,
     seed: Seed = 0,
@@ -195,6 +212,59 @@ def deploy(
         return deploying.deploy(given, tell)
 
     shell.verb("deploy", work, json=json, debug=debug, quiet=quiet)
+
+
+@app.command()
+def bench(
+    a: Model,
+    b: Annotated[str, typer.Argument(help="the model to compare with the first")],
+    calib: Calib = None,
+    shape: Shape = None,
+    samples: Samples = None,
+    threads: Threads = 0,
+    seconds: Annotated[float, _option("--seconds", help="how long to measure, at least")] = 4.0,
+    precision: Annotated[
+        float, _option("--precision", help="go on, up to 6 times as long, until the ratio is known to this share")
+    ] = 0.02,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time two models in turns on the same inputs; the ratio is B over A."""
+    given = dict(locals())
+
+    def work(_: Any) -> shell.Answer:
+        from lrcompile.cli import benching
+
+        return benching.bench(given)
+
+    shell.verb("bench", work, json=json, debug=debug)
+
+
+@app.command()
+def profile(
+    model: Model,
+    emit: Annotated[str, typer.Option("--emit", help="folder of the kit")],
+    calib: Calib = None,
+    shape: Shape = None,
+    samples: Samples = None,
+    threads: Threads = 0,
+    passes: Passes = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an earlier kit")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a script that measures on the target what --latency needs, with numpy and onnxruntime only."""
+    given = dict(locals())
+
+    def work(tell: Any) -> shell.Answer:
+        from lrcompile.cli import profiling
+
+        return profiling.profile(given, tell)
+
+    shell.verb("profile", work, json=json, debug=debug, quiet=quiet)
 
 
 @app.command("passes")

@@ -26,7 +26,7 @@ def compare(a: Path, b: Path, data: str | None, limit: float | None, metric: str
     """
     chosen = verify.load_metric(metric) if metric else None
     first, second = open_graph(a), open_graph(b)
-    _check_inputs(first, second, b)
+    check_inputs(first, second, b)
     drift = verify.measure(first.run, second.run, _batches(first, a, data), limit=limit, metric=chosen)
     fields = {
         "a": _file(a, first),
@@ -58,7 +58,7 @@ def _batches(graph: Graph, path: Path, data: str | None) -> Any:
     return [made]
 
 
-def _check_inputs(first: Graph, second: Graph, path: Path) -> None:
+def check_inputs(first: Graph, second: Graph, path: Path) -> None:
     """Both graphs know their inputs by name; a module's optional ones may differ."""
     expected, found = ({spec.name for spec in graph.input_specs} for graph in (first, second))
     if first.kind == second.kind == "onnx" and expected != found:

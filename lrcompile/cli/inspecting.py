@@ -22,6 +22,7 @@ def facts(path: Path) -> dict[str, Any]:
             "shape": list(site.shape),
             "uses": len(site.uses),
             "kind": site.kind,
+            "structure": repr(site.operator),
             "input": site.input,
             "frozen": site.frozen or None,
         }
@@ -66,5 +67,7 @@ def show(found: dict[str, Any]) -> None:
     table = Table("site", "shape", "uses", "kind", "note", box=None, header_style="bold")
     for site in found["sites"]:
         shape = "×".join(map(str, site["shape"]))
-        table.add_row(*map(Text, (site["name"], shape, str(site["uses"]), site["kind"], site["frozen"] or "")))
+        plain = site["structure"].startswith("Dense ")
+        note = site["frozen"] or ("" if plain else site["structure"])
+        table.add_row(*map(Text, (site["name"], shape, str(site["uses"]), site["kind"], note)))
     console.print(table)

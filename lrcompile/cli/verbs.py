@@ -98,18 +98,20 @@ def passes(name: str | None) -> Answer:
 
 def _pipeline(given: dict[str, Any]) -> Any:
     from lrcompile.pipeline import Pipeline
-    from lrcompile.registry import load
+    from lrcompile.registry import LOSSY, load
     from lrcompile.registry import passes as known
     from lrcompile.rewrite import parse
 
-    limits = {name: given[name] for name in ("keep", "bytes", "macs", "drift") if given.get(name) is not None}
+    limits = {
+        name: given[name] for name in ("keep", "bytes", "macs", "latency", "drift") if given.get(name) is not None
+    }
     budget = Budget(**limits)
     texts = given["passes"] or []
     if texts:
         table = known()
         chosen = [parse(text, table) for text in texts]
     else:
-        chosen = [load("passes", "low-rank")()] if budget.limited else []
+        chosen = [load("passes", name)() for name in LOSSY] if budget.limited else []
     return Pipeline(chosen, budget, _options(given))
 
 
@@ -134,6 +136,10 @@ def _options(given: dict[str, Any]) -> Any:
         force=given.get("force", False),
         force_growth=given.get("force_growth", False),
         latency=given.get("latency_check", True),
+        latency_batch=given["latency_batch"],
+        latency_inputs=given["latency_inputs"],
+        threads=given["threads"],
+        costs=given["costs"],
         settings=settings,
     )
 

@@ -203,7 +203,7 @@ def _with_reduction(part: Part, stages: dict[str, Stage], readers: dict[str, lis
         return part
     for load in part.loads():
         source = stages.get(load.tensor)
-        if source is None or len(source.parts) > 1 or source.name in formulas.outputs:
+        if source is None or len(source.parts) != 1 or source.name in formulas.outputs:
             continue
         inner = source.parts[0]
         if not inner.inner or not inner.identity or len(readers[source.name]) > 1:

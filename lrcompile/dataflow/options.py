@@ -191,7 +191,7 @@ class Options:
     def _split(self, name: str, inside: Inside, loops: Sequence[Loops], size: int) -> Option | None:
         """With the remainder of the last loop as a nest of its own, so that nothing is computed twice."""
         stage = self.formulas.stages[name]
-        if len(stage.parts) > 1 or not loops[0]:
+        if len(stage.parts) != 1 or not loops[0]:
             return None
         (axis, tile), part = loops[0][-1], stage.parts[0]
         rest = part.axes[axis].extent % tile

@@ -45,7 +45,7 @@ def _box(load: Load, shape: tuple[int, ...]) -> Box:
 
 def _cut(stage: Stage, boxes: set[Box]) -> tuple[int, list[tuple[int, int]], tuple[int, ...]] | None:
     """(axis, intervals to keep, old shape), where that is less than all, or more than one."""
-    if len(stage.parts) > 1 or not stage.parts[0].identity or not boxes:
+    if len(stage.parts) != 1 or not stage.parts[0].identity or not boxes:
         return None
     for axis, extent in enumerate(stage.shape):
         merged: list[list[int]] = []

@@ -72,7 +72,11 @@ class Graph(Protocol):
         ...
 
     def observe(self, batches: Iterable[Inputs], sites: Sequence[LinearSite], *, memory: int) -> Mapping[str, Moments]:
-        """Moments of the values that the sites read, keyed by value name."""
+        """Moments of the values that the sites read, keyed by value name.
+
+        Args:
+            memory: bytes that Gram matrices may take at once; 0: vectors are counted, and nothing else.
+        """
         ...
 
     def probe(self, batches: Iterable[Inputs], changes: Mapping[str, Replacement]) -> Mapping[str, float]:

@@ -107,7 +107,7 @@ class ModuleGraph:
         Raises:
             UnsupportedError: the model fails on the batch.
         """
-        with self._as_given():
+        with self.as_given():
             self._trace = trace(self.model, list(self._found.values()), lambda: call(self.model, batch))
         self.sample = few(batch)
         keys: dict[tuple, str] = {}
@@ -181,7 +181,7 @@ class ModuleGraph:
         self._start(model)
 
     @contextmanager
-    def _as_given(self) -> Iterator[None]:
+    def as_given(self) -> Iterator[None]:
         """The original modules in their places."""
         changes = [change for done in self._changes.values() for change in done]
         for change in reversed(changes):
@@ -197,7 +197,7 @@ class ModuleGraph:
     def run(self, inputs: Inputs) -> Outputs:
         """Outputs of the module as it was given, dropout off; bfloat16 comes back as float32."""
         self._ensure_checked([inputs])
-        with self._as_given():
+        with self.as_given():
             return run(self.model, inputs)
 
     def release(self) -> None:
@@ -212,7 +212,7 @@ class ModuleGraph:
         self._ensure_checked(batches)
         keys = {site.input: self.original(site.name) for site in sites}
         wanted = {original.input: self.found(original.name) for original in keys.values()}
-        with self._as_given():
+        with self.as_given():
             moments = module_observe.observe(self.model, batches, wanted, memory=memory)
         asked = {key: moments[original.input] for key, original in keys.items() if original.input in moments}
         return {**moments, **asked}
@@ -222,7 +222,7 @@ class ModuleGraph:
         batches = module_observe.reusable(batches)
         self._ensure_checked(batches)
         founds = {name: self.found(name) for name in changes}
-        with self._as_given():
+        with self.as_given():
             return module_observe.probe(self.model, batches, founds, changes)
 
     def gradients(
@@ -232,13 +232,13 @@ class ModuleGraph:
         batches = module_observe.reusable(batches)
         self._ensure_checked(batches)
         founds = {site.name: self.found(site.name) for site in sites}
-        with self._as_given():
+        with self.as_given():
             return module_gradients.gradients(self.model, batches, founds, memory=memory, seed=seed)
 
     def macs(self, sample: Inputs) -> int:
         """Multiply–accumulates of all matrix products, convolutions and attention on ``sample``."""
         self._ensure_checked([sample])
-        with self._as_given():
+        with self.as_given():
             return macs(self.model, sample)
 
     def clean(self) -> tuple[bool, str]:
@@ -286,18 +286,18 @@ class ModuleGraph:
     @property
     def nbytes(self) -> int:
         """Bytes of all stored tensors (parameters and persistent buffers), each once."""
-        with self._as_given():
+        with self.as_given():
             return module_store.nbytes(self.model)
 
     @property
     def parameters(self) -> int:
         """Number of values in all stored floating-point tensors, each once."""
-        with self._as_given():
+        with self.as_given():
             return module_store.parameters(self.model)
 
     def fingerprint(self) -> str:
         """SHA-256 over the structure and every stored tensor."""
-        with self._as_given():
+        with self.as_given():
             return module_store.fingerprint(self.model)
 
     def verify(self) -> None:

@@ -36,7 +36,7 @@ def observe(
     sizes = {key: found.site.shape[1] for key, found in founds.items()}
     result: dict[str, Moments] = {}
     for group in groups(sizes, memory):
-        collector = Collector()
+        collector = Collector(counting=not memory)
         for batch in batches:
             with ExitStack() as stack, evaluating(model):
                 for key in group:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, fx, nn
 
 import lrcompile
 from lrcompile import Budget, Options, Plan, Settings
-from lrcompile.backends.dynamo.graph import linear
+from lrcompile.backends.dynamo.graph import along_last, linear, rebuilt
 from lrcompile.graphs.module import ModuleGraph
+from lrcompile.linop import Dense, leaves
 from lrcompile.plans import content
 
 WIDTH = 32
@@ -106,6 +108,8 @@ class Watch:
             def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
                 if target is linear:
                     watch.runs[-1].append(tuple(args[1].shape))
+                elif target is along_last:
+                    watch.runs[-1].append(rebuilt(*args[2:4], args[4:]).shape)
                 return super().call_function(target, args, kwargs)
 
         def run(*args: Any) -> Any:
@@ -125,13 +129,14 @@ class Watch:
 
 
 def compressed(watch: Watch, plan: Plan, model: nn.Module) -> int:
-    """How many planned sites ran as two thin products in the runs that were watched, none of them dense."""
+    """How many planned sites ran as their own thin products in the runs that were watched, none of them dense."""
     dense = {tuple(parameter.shape) for parameter in model.parameters() if parameter.ndim == 2}
-    thin = [shape for shape in watch.products if shape not in dense]
-    assert len(thin) % 2 == 0
-    for right, left in zip(thin[::2], thin[1::2], strict=True):
-        assert left[1] == right[0] and {(left[0], right[1]), (right[1], left[0])} & dense  # GPT-2 stores (in, out)
-    return len(thin) // 2
+    ran = Counter(shape for shape in watch.products if shape not in dense)
+    held = [entry.replacement.operator for entry in plan.entries.values() if entry.replacement is not None]
+    planned = Counter(leaf.shape for operator in held for leaf in leaves(operator) if isinstance(leaf, Dense))
+    times = ran.total() // max(planned.total(), 1)
+    assert ran == Counter({shape: count * times for shape, count in planned.items()}), (ran, planned)
+    return times * len(plan.compressed)
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:

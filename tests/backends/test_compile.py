@@ -109,30 +109,6 @@ def test_conv1d_of_gpt2_and_its_tied_head():
     assert compressed(watch, plan, model) == len(plan.compressed) >= 4
 
 
-class Image(nn.Module):
-    """1×1 convolutions with and without strides."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(16, 32, 1, stride=2), nn.Conv2d(32, 16, 1, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.b(torch.relu(self.a(x)))
-
-
-def test_pointwise_convolutions():
-    torch.manual_seed(0)
-    model = Image().eval()
-    batch = [{"x": torch.randn(4, 16, 6, 6)} for _ in range(3)]
-    plan = planned(model, 0.5, calibration=batch)
-    run = compiled(model, plan, "eager", release=True)
-    x = torch.randn(3, 16, 8, 8)
-    expected = reference(model, plan)(x)
-    assert close(run(x), expected) and len(plan.compressed) == 2
-    assert plan.status() == {"a": "compressed, dense values released", "b": "compressed, dense values released"}
-    assert close(run(x), expected)
-
-
 def test_any_operator_of_the_algebra():
     """Factors of another kind are traced through; here low rank plus sparse, and a scaled sum."""
     from lrcompile.graphs.base import Replacement

@@ -23,7 +23,7 @@ def test_command_line_then_environment_then_file_then_preset(cli: Cli, monkeypat
     Path("c.toml").write_text(ROWS + "keep = 0.5\nseed = 3\n")
     found = config(cli, "--config", "c.toml")
     assert (found["keep"], found["seed"], found["calibration"]) == (0.5, 3, "calib.npz")
-    assert (found["preset"], found["pass"], found["max-drift"]) == ("small", ["low-rank"], 9.0)
+    assert (found["preset"], found["pass"], found["max-drift"]) == ("small", ["low-rank", "conv-low-rank"], 9.0)
     monkeypatch.setenv("LRCOMPILE_KEEP", "0.6")
     assert config(cli, "--config", "c.toml")["keep"] == 0.6
     found = config(cli, "--keep", "0.7", "--config", "c.toml")

@@ -157,7 +157,7 @@ def test_g_predicts_what_a_small_error_does():
     error = 1e-3 * torch.randn(5, generator=torch.Generator().manual_seed(2))  # the same for every sample
     with torch.no_grad():
         before = model(x)
-        model.first.bias += error
+        model.first.bias.add_(error)
         after = model(x)
     predicted = float(error.double() @ matrix @ error.double())
     measured = float(((after - before).square().sum(1) / before.square().sum(1)).sum())
@@ -241,7 +241,7 @@ def test_of_token_logits_it_is_the_fisher_information():
     error = 0.01 * torch.randn(12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     with torch.no_grad():
         before = model(ids)["logits"].double().log_softmax(-1)
-        model.layer.bias += error
+        model.layer.bias.add_(error)
         after = model(ids)["logits"].double().log_softmax(-1)
     divergence = float((before.exp() * (before - after)).sum(-1).mean())
     assert float(error @ matrix @ error) / 2 == pytest.approx(divergence, rel=0.1)

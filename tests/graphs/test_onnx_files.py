@@ -211,7 +211,7 @@ def test_external_constants_of_nodes_and_bodies_come_along(tmp_path: Path) -> No
     (tmp_path / "in" / "model.onnx").write_bytes(proto.SerializeToString())
 
     loaded = OnnxGraph.load(tmp_path / "in" / "model.onnx")
-    matrix = halve(loaded)["fc"]
+    halved = halve(loaded)
     (tmp_path / "out").mkdir()
     publish(loaded, tmp_path / "out" / "model.onnx")
     (tmp_path / "in" / "w.bin").unlink()
@@ -219,7 +219,7 @@ def test_external_constants_of_nodes_and_bodies_come_along(tmp_path: Path) -> No
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
     for which in (True, False):
         found = np.asarray(session.run(None, {"x": x, "which": np.array(which)})[0])
-        wanted = x @ matrix.T @ (arrays[1] if which else np.eye(8)) + arrays[2]
+        wanted = x @ halved["fc"].T @ (halved["inner"].T if which else np.eye(8)) + arrays[2]
         np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 

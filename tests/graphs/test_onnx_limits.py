@@ -88,31 +88,6 @@ def test_weights_of_an_old_file_are_constants() -> None:
     close(run(built(graph), given), wanted)
 
 
-def test_subgraph_weights_are_reported_and_stay() -> None:
-    def branch(name: str, seed: int) -> onnx.GraphProto:
-        out = helper.make_tensor_value_info(f"{name}_y", 1, None)
-        nodes = [node("MatMul", f"p {name}_w", f"{name}_y", f"{name}_product")]
-        return helper.make_graph(nodes, name, [], [out], [numpy_helper.from_array(w(OUT, OUT, seed), f"{name}_w")])
-
-    nodes = [node("MatMul", "x fc", "p"), node("If", "which", "y")]
-    nodes[1].attribute.append(helper.make_attribute("then_branch", branch("then", 1)))
-    nodes[1].attribute.append(helper.make_attribute("else_branch", branch("else", 2)))
-    inputs = [helper.make_tensor_value_info("x", 1, ("n", IN)), helper.make_tensor_value_info("which", 9, ())]
-    tensors = [numpy_helper.from_array(np.ascontiguousarray(w().T), "fc")]
-    body = helper.make_graph(nodes, "net", inputs, [helper.make_tensor_value_info("y", 1, ("n", OUT))], tensors)
-    proto = helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    graph = OnnxGraph.from_proto(proto)
-    assert sorted(graph.subgraph_weights()) == ["else_product", "then_product"]
-    (site,) = graph.linear_sites()
-    operator, shift = random_operator(site)
-    graph.replace(site, operator, shift)
-    lowered = built(graph)
-    x = normal(3, IN)
-    for which, seed in ((True, 1), (False, 2)):
-        wanted = (x @ densify(operator).numpy().T + shift.numpy()) @ w(OUT, OUT, seed)
-        close(run(lowered, {"x": x, "which": np.array(which)}), {"y": wanted})
-
-
 def test_an_add_inside_a_body_is_no_bias() -> None:
     out = helper.make_tensor_value_info("t", 1, None)
     then = helper.make_graph([node("Add", "p bias", "t")], "then", [], [out], [])

@@ -96,7 +96,6 @@ def test_the_source_is_plain_c99(encoder: Path, tmp_path: Path):
     [
         (("--ram", "3KB"), 4, "bytes of RAM"),
         (("--ram", "100"), 4, "inputs and outputs"),
-        (("--flash", "4KB"), 4, "too small"),
         (("--target", "cortex-m99"), 2, "no target"),
         (("--shape", "x=big"), 2, "not a shape"),
         (("--shape", "y=1,2"), 3, "no such input"),

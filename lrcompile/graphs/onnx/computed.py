@@ -41,8 +41,13 @@ def _dequantize_rule(node: ir.Node) -> LinearOperator | None:
     if (block and axis == 1 and scale.ndim == 2) or (not block and axis == 0 and scale.ndim == 1):
         return _by_row(codes, scale, zero, bits, block)
     if (block and axis == 0 and scale.ndim == 2) or (not block and axis == 1 and scale.ndim == 1):
-        return transpose(_by_row(codes.T, scale.T, None if zero is None else zero.T, bits, block))
+        grid = None if zero is None else _turned(zero)
+        return transpose(_by_row(codes.T, _turned(scale), grid, bits, block))
     return None
+
+
+def _turned(grid: Tensor) -> Tensor:
+    return grid.T if grid.ndim == 2 else grid
 
 
 def _by_row(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, block: int = 0) -> Quantized:
@@ -131,9 +136,13 @@ def _scatter_elements_rule(node: ir.Node) -> LinearOperator | None:
     return SemiSparse(to_torch(stored), index, columns)
 
 
-def _blocks_rule(node: ir.Node) -> LinearOperator | None:
-    """``Reshape(Transpose(ScatterND(zeros, places, blocks)))``: blocks on a grid."""
+def _reshape_rule(node: ir.Node) -> LinearOperator | None:
+    """Codes that keep their shape, or ``Reshape(Transpose(ScatterND(zeros, places, blocks)))``: blocks on a grid."""
     swap = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if swap is not None and (swap.domain, swap.op_type) == ("", "DequantizeLinear"):
+        shape, codes = integers(node.inputs[1]), constant(swap.inputs[0])
+        same = shape is not None and codes is not None and shape.tolist() == list(codes.shape.numpy())
+        return _dequantize_rule(swap) if same else None
     if swap is None or swap.op_type != "Transpose" or list(swap.attributes["perm"].as_ints()) != [0, 2, 1, 3]:
         return None
     scatter = swap.inputs[0].producer() if swap.inputs[0] is not None else None
@@ -154,5 +163,5 @@ def _blocks_rule(node: ir.Node) -> LinearOperator | None:
 RULES: dict[tuple[str, str], Callable[[ir.Node], LinearOperator | None]] = {
     ("", "DequantizeLinear"): _dequantize_rule,
     ("", "ScatterElements"): _scatter_elements_rule,
-    ("", "Reshape"): _blocks_rule,
+    ("", "Reshape"): _reshape_rule,
 }

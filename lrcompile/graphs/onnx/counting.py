@@ -31,7 +31,7 @@ def macs(model: ir.Model, sample: Mapping[str, np.ndarray]) -> int:
         shapes = _inferred(model, {name: array.shape for name, array in sample.items()})
     total = 0
     for node in model.graph:
-        rule = None if node.domain else _RULES.get(node.op_type)
+        rule = _RULES.get((node.domain, node.op_type))
         operands = [shapes.get(value.name or "") if value is not None else None for value in node.inputs]
         output = shapes.get(node.outputs[0].name or "")
         if rule is not None and output is not None:
@@ -44,7 +44,7 @@ def _measured(model: ir.Model, sample: Mapping[str, np.ndarray]) -> dict[str, Sh
     graph = model.graph.clone()
     wanted: dict[str, ir.Value] = {}
     for node in graph:
-        if not node.domain and node.op_type in _RULES:
+        if (node.domain, node.op_type) in _RULES:
             wanted.update((str(v.name), v) for v in (*node.inputs, *node.outputs) if v is not None and v.name)
     found: dict[str, Shape] = {}
     outputs: dict[str, str] = {}
@@ -124,9 +124,14 @@ def _attention(node: ir.Node, operands: list[Shape | None], output: Shape) -> in
     return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-_RULES: dict[str, Callable[[ir.Node, list[Shape | None], Shape], int]] = {
-    "MatMul": _matmul,
-    "Gemm": _gemm,
-    "Conv": _conv,
-    "Attention": _attention,
+def _packed(node: ir.Node, operands: list[Shape | None], output: Shape) -> int:
+    return math.prod(output) * (node.attributes.get_int("K", 0) or 0)
+
+
+_RULES: dict[tuple[str, str], Callable[[ir.Node, list[Shape | None], Shape], int]] = {
+    ("", "MatMul"): _matmul,
+    ("", "Gemm"): _gemm,
+    ("", "Conv"): _conv,
+    ("", "Attention"): _attention,
+    ("com.microsoft", "MatMulNBits"): _packed,
 }

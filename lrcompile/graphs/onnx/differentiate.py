@@ -12,13 +12,12 @@ from lrcompile.calibrate import Collector, Moments, groups, token_mask, token_ro
 from lrcompile.graphs.base import Inputs
 from lrcompile.graphs.onnx.observe import Cutter, samples_in, tensors_of
 from lrcompile.graphs.onnx.raising import Match
-from lrcompile.graphs.onnx.session import ahead
 from lrcompile.graphs.onnx.torched.run import TorchRun
 from lrcompile.memory import release
 from lrcompile.sites import LinearSite
 from lrcompile.sketch import Importance, direction
 
-Found = tuple[list[tuple[str, Tensor]], int, bool]
+Found = tuple[list[tuple[str, Tensor]], bool]
 
 
 def gradients(
@@ -40,12 +39,12 @@ def gradients(
     tokens = False
     for group in groups({site.name: site.shape[0] for site in sites}, memory):
         collector = Collector()
-        numbered = enumerate(Cutter(model).pieces(batches))
         roots = {name: matches[name] for name in group}
-        for rows, count, spoken in ahead(lambda item: _rows(run, item[1], roots, seed + item[0]), numbered):  # noqa: B023
+        for index, piece in enumerate(Cutter(model).pieces(batches)):  # one by one: all activations of a piece are held
+            rows, tokens = _rows(run, piece, roots, seed + index)
             for name, part in rows:
-                collector.add(name, part, count)
-            tokens = spoken
+                collector.add(name, part, samples_in(piece))
+            del rows
             release()
         found.update(collector.moments)
     release(now=True)
@@ -65,4 +64,4 @@ def _rows(run: TorchRun, piece: Inputs, roots: Mapping[str, Sequence[Match]], se
     for (name, match), value, gradient in zip(pairs, values, gradients, strict=True):
         whole = torch.zeros_like(value) if gradient is None else gradient
         rows.append((name, token_rows(whole.detach(), mask, channel_axis=-1 if match.axis == 0 else match.axis)))
-    return rows, samples_in(piece), tokens
+    return rows, tokens

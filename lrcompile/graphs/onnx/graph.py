@@ -22,14 +22,15 @@ from lrcompile.data import InputSpec
 from lrcompile.errors import GateError, UnsupportedError, UsageError
 from lrcompile.graphs.base import Inputs, Journal, Outputs, Replacement
 from lrcompile.graphs.onnx import counting, load
-from lrcompile.graphs.onnx.constants import constant, settle
+from lrcompile.graphs.onnx.constants import settle
 from lrcompile.graphs.onnx.grouping import group_key, site_of
 from lrcompile.graphs.onnx.hygiene import cleaned
 from lrcompile.graphs.onnx.naming import site_name, unique
 from lrcompile.graphs.onnx.node_rules import apply_rules
 from lrcompile.graphs.onnx.observe import observe
 from lrcompile.graphs.onnx.probe import probe
-from lrcompile.graphs.onnx.raising import Match, Raiser
+from lrcompile.graphs.onnx.raising import Match, all_matches
+from lrcompile.graphs.onnx.scales import folded_scales
 from lrcompile.graphs.onnx.session import Session
 from lrcompile.graphs.onnx.tensors import to_torch
 from lrcompile.linop import Dense, LinearOperator
@@ -95,7 +96,7 @@ class OnnxGraph:
         taken: set[str] = set()
         groups: list[list[Match]] = []
         index: dict[tuple, list[Match]] = {}
-        for match in Raiser(self.model.graph).sites():
+        for match in all_matches(self.model.graph):
             key = group_key(match)
             if key not in index:
                 index[key] = []
@@ -188,6 +189,17 @@ class OnnxGraph:
         if places:
             self.adopt(model)
         return places
+
+    def fold_scales(self) -> tuple[list[str], str]:
+        """Multiplies scales into the weights that read them; returns the names of their nodes, or why there are none.
+
+        Raises:
+            UsageError: sites were replaced already.
+        """
+        model, done, reason = folded_scales(self.model)
+        if model is not None:
+            self.adopt(model)
+        return done, reason
 
     def _continue_with(self, model: ir.Model) -> None:
         self.model = model
@@ -294,17 +306,6 @@ class OnnxGraph:
     def macs(self, sample: Inputs) -> int:
         """Multiply–accumulates of the loaded model on ``sample``."""
         return counting.macs(self.model, sample)
-
-    def subgraph_weights(self) -> list[str]:
-        """Nodes inside If, Loop and Scan bodies that hold a matrix; they pass through unchanged."""
-        main = self.model.graph
-        found = []
-        for node in main.all_nodes():
-            if node.graph is main or node.op_type not in ("MatMul", "Gemm", "Conv"):
-                continue
-            if any(tensor is not None and len(tensor.shape) >= 2 for tensor in map(constant, node.inputs)):
-                found.append(node.name or node.op_type)
-        return found
 
     def fingerprint(self) -> str:
         """SHA-256 over the structure and every stored tensor."""

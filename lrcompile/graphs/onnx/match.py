@@ -35,6 +35,7 @@ class Match:
     beta: float = 1.0
     adder: ir.Node | None = None  # a following Add of a constant vector
     offset: Tensor | None = None  # (out,): what constants further inside add
+    owner: ir.Node | None = None  # the If, Loop or Scan in whose body it stands
     refused: str = ""  # why it can be shown, but not rewritten
 
 
@@ -62,6 +63,17 @@ def together(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 def describe(match: Match) -> str:
-    """The operator types that a site is written with, for reports."""
-    kinds = dict.fromkeys(node.op_type for node in match.nodes)
-    return "+".join(kinds)
+    """The operator types that a site is written with, and the node whose body it stands in, for reports."""
+    kinds = "+".join(dict.fromkeys(node.op_type for node in match.nodes))
+    return kinds if match.owner is None else f"{kinds} in {match.owner.op_type}"
+
+
+def bodies(node: ir.Node) -> list[ir.Graph]:
+    """The graphs that a node holds: branches of an If, bodies of a Loop or Scan."""
+    found: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            found.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            found.extend(attribute.as_graphs())
+    return found

@@ -40,12 +40,16 @@ def observe(
     *,
     memory: int,
 ) -> dict[str, Moments]:
-    """Moments of what the sites read, in groups whose Gram matrices fit ``memory`` bytes."""
-    sizes = {site.input: site.shape[1] for site in sites}
-    readers = {site.input: matches[site.name] for site in sites}
+    """Moments of what the sites read, in groups whose Gram matrices fit ``memory`` bytes.
+
+    What is read inside a body no session can return; a site that is only used there has no moments.
+    """
+    outside = {site.name: tuple(m for m in matches[site.name] if m.owner is None) for site in sites}
+    readers = {site.input: outside[site.name] for site in sites if outside[site.name]}
+    sizes = {site.input: site.shape[1] for site in sites if site.input in readers}
     found: dict[str, Moments] = {}
     for group in groups(sizes, memory):
-        collector = Collector()
+        collector = Collector(counting=not memory)
         session = session_with(model, [match.source for key in group for match in readers[key]])
         own = {key: readers[key] for key in group}
         cutter = Cutter(model)
@@ -131,7 +135,7 @@ class Cutter:
             start, total = 0, samples.pop()
             while start < total:
                 stop = start + self.size
-                yield self._trimmed({name: array[start:stop] for name, array in batch.items()})
+                yield self._trimmed({k: a[start:stop] if a.ndim else a for k, a in batch.items()})
                 start = stop
 
     def _trimmed(self, piece: Inputs) -> Inputs:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lrcompile.calibrate import token_mask
 from lrcompile.graphs.base import Inputs, Outputs, Replacement
 from lrcompile.graphs.onnx.constants import constant
-from lrcompile.graphs.onnx.match import Match
+from lrcompile.graphs.onnx.match import Match, bodies
 from lrcompile.graphs.onnx.observe import Cutter, session_with, tensor_of, tensors_of
 from lrcompile.graphs.onnx.session import Session, ahead, workers
 from lrcompile.graphs.onnx.splice import Splicer, Tape, add_bias
@@ -119,8 +119,9 @@ class _Group:
     def _changed(self, name: str, suffix: _Suffix, around: Inputs, piece: Inputs) -> Outputs:
         """The outputs downstream of a site with its weight replaced."""
         (site, matches), change = self.pairs[name], self.changes_by[name]
-        if any(id(node) in suffix.nodes for match in matches for node in match.nodes):
-            # one use feeds another: run it all with the weight replaced
+        inside = any(match.owner is not None for match in matches)
+        if inside or any(id(node) in suffix.nodes for match in matches for node in match.nodes):
+            # in a body, or one use feeds another: run it all with the weight replaced
             session = self._session(suffix, lambda: _replaced_session(self.model, matches, change))
             return session.run(piece, suffix.outputs)
         session = self._session(suffix, lambda: _suffix_session(self.model, suffix, matches, around))
@@ -156,17 +157,9 @@ def _owners(graph: ir.Graph) -> dict[int, ir.Node]:
     """For every node inside a body: the node of ``graph`` that holds the body."""
     owners: dict[int, ir.Node] = {}
     for node in graph:
-        for body in _bodies(node):
+        for body in bodies(node):
             owners.update((id(inner), node) for inner in body.all_nodes())
     return owners
-
-
-def _bodies(node: ir.Node) -> Iterable[ir.Graph]:
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from attribute.as_graphs()
 
 
 def _suffix(graph: ir.Graph, matches: tuple[Match, ...], owners: Mapping[int, ir.Node]) -> _Suffix:
@@ -174,6 +167,11 @@ def _suffix(graph: ir.Graph, matches: tuple[Match, ...], owners: Mapping[int, ir
     roots = {id(match.root) for match in matches}
     reached: set[int] = set()
     waiting = [match.root for match in matches]
+    for match in matches:
+        owner = owners.get(id(match.nodes[-1]))
+        if owner is not None:  # the root may be what a body returns, which nobody reads by this name
+            reached.add(id(owner))
+            waiting.extend(owner.outputs)
     while waiting:
         for user, _ in waiting.pop().uses():
             node = owners.get(id(user), user)
@@ -195,7 +193,7 @@ def _suffix(graph: ir.Graph, matches: tuple[Match, ...], owners: Mapping[int, ir
 def _reads(node: ir.Node) -> Iterable[ir.Value]:
     """Values of the enclosing graph that a node reads, its bodies included."""
     yield from (value for value in node.inputs if value is not None)
-    for body in _bodies(node):
+    for body in bodies(node):
         own = {id(value) for inner in body.all_nodes() for value in inner.outputs} | set(map(id, body.inputs))
         for inner in body.all_nodes():
             yield from (value for value in inner.inputs if value is not None and id(value) not in own)

@@ -19,7 +19,7 @@ from lrcompile.errors import InvalidInputError
 from lrcompile.graphs.onnx import after
 from lrcompile.graphs.onnx.computed import packed_blocks, quantized_kernel
 from lrcompile.graphs.onnx.constants import FLOATS, Constants, constant, integers, origin
-from lrcompile.graphs.onnx.match import MAX_NODES, Match, describe, has_weight, path_dtype, private, together
+from lrcompile.graphs.onnx.match import MAX_NODES, Match, bodies, describe, has_weight, path_dtype, private, together
 from lrcompile.graphs.onnx.tensors import to_torch
 from lrcompile.linop import (
     BlockSparse,
@@ -36,15 +36,27 @@ from lrcompile.linop import (
 )
 from lrcompile.sites import Window
 
-__all__ = ["Match", "Raiser", "describe", "path_dtype"]
+__all__ = ["Match", "Raiser", "all_matches", "describe", "path_dtype"]
+
+
+def all_matches(graph: ir.Graph) -> list[Match]:
+    """The linear maps of a graph, then those of the bodies in it; one stored matrix is one leaf everywhere."""
+    constants = Constants()
+    found: list[Match] = []
+    waiting: list[tuple[ir.Graph, ir.Node | None]] = [(graph, None)]
+    while waiting:
+        body, owner = waiting.pop()
+        found += [replace(match, owner=owner) for match in Raiser(body, constants).sites()]
+        waiting += [(inner, node) for node in body for inner in bodies(node)]
+    return found
 
 
 class Raiser:
-    """Matches over one graph; equal weights give identical leaves."""
+    """Matches over one graph, its bodies left out; equal weights give identical leaves."""
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, constants: Constants | None = None) -> None:
         self.graph = graph
-        self.constants = Constants()
+        self.constants = constants or Constants()
         self._matches: dict[int, Match | None] = {}
 
     def sites(self) -> list[Match]:

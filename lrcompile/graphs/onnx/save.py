@@ -21,6 +21,8 @@ MESSAGE_LIMIT = 2**31 - 2**20
 EXTERNAL = 1024
 """Tensors of at least this many bytes go to the data file, where there is one."""
 _ALIGN = 4096
+_PIECE = 2**20
+_NOTHING = bytes(_PIECE)
 
 
 def write(model: ir.Model, files: AtomicSet, *, external: bool | None = None) -> None:
@@ -49,10 +51,22 @@ def _write_data(model: ir.Model, files: AtomicSet) -> dict[str, tuple[str, int, 
                 continue
             stream.write(b"\0" * (-stream.tell() % _ALIGN))
             start = stream.tell()
-            stream.write(tensor.tobytes())
+            _write_sparse(stream, tensor.tobytes())
             places[name] = (start, stream.tell() - start)
+        stream.truncate()  # what ends in a hole is as long as it should be
     location = files.seal(path)
     return {name: (location, start, length) for name, (start, length) in places.items()}
+
+
+def _write_sparse(stream: BinaryIO, data: bytes) -> None:
+    """Writes the bytes; pieces of zeros become holes in the file, which cost no room and no time."""
+    view = memoryview(data)
+    for start in range(0, len(data), _PIECE):
+        piece = view[start : start + _PIECE]
+        if piece[0] or len(piece) < _PIECE or bytes(piece) != _NOTHING:
+            stream.write(piece)
+        else:
+            stream.seek(_PIECE, 1)
 
 
 def _write_model(model: ir.Model, stream: BinaryIO, outside: dict[str, tuple[str, int, int]]) -> None:

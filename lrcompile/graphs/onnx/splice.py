@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lrcompile.graphs.onnx.constants import constant
-from lrcompile.graphs.onnx.match import Match, path_dtype, private, together
+from lrcompile.graphs.onnx.match import Match, bodies, path_dtype, private, together
 from lrcompile.graphs.onnx.naming import unique
 from lrcompile.graphs.onnx.tensors import from_torch, to_torch
 
@@ -57,6 +57,13 @@ class Tape:
         return value
 
 
+def graph_of(node: ir.Node) -> ir.Graph:
+    """The graph that a node stands in."""
+    if not isinstance(node.graph, ir.Graph):
+        raise ValueError(f"{node.name} stands in no graph")
+    return node.graph
+
+
 def _names(graph: ir.Graph) -> set[str]:
     """Every name of a value or node, those of bodies included."""
     names: set[str] = set()
@@ -70,7 +77,8 @@ def _names(graph: ir.Graph) -> set[str]:
 class Splicer:
     """Maps a graph to its clone, node by node.
 
-    The two must have the same nodes in the same order, which is what ``Graph.clone`` gives.
+    The two must have the same nodes in the same order, which is what ``Graph.clone`` gives. New constants
+    stand in the outermost graph, where bodies read them as well.
     """
 
     def __init__(self, original: ir.Graph, clone: ir.Graph) -> None:
@@ -79,15 +87,22 @@ class Splicer:
         self._biases: dict[tuple, ir.Value] = {}
         self._shifts: dict[tuple, Tensor] = {}
         self._added: list[ir.Node] = []
-        self._nodes = {id(a): b for a, b in zip(original, clone, strict=True)}
+        self._nodes: dict[int, ir.Node] = {}
         self._values: dict[int, ir.Value] = {}
+        self._pair(original, clone)
+
+    def _pair(self, original: ir.Graph, clone: ir.Graph) -> None:
+        """Maps what stands in a graph, and in the bodies of its nodes."""
         for a, b in zip(original.inputs, clone.inputs, strict=True):
             self._values[id(a)] = b
-        for a, b in zip(original, clone, strict=True):
-            for old, new in zip(a.outputs, b.outputs, strict=True):
-                self._values[id(old)] = new
         for name, value in original.initializers.items():
             self._values[id(value)] = clone.initializers[name]
+        for a, b in zip(original, clone, strict=True):
+            self._nodes[id(a)] = b
+            for old, new in zip(a.outputs, b.outputs, strict=True):
+                self._values[id(old)] = new
+            for inner, twin in zip(bodies(a), bodies(b), strict=True):
+                self._pair(inner, twin)
 
     def node(self, node: ir.Node) -> ir.Node:
         """The clone of a node."""
@@ -106,7 +121,7 @@ class Splicer:
         new = emit(tape, match, self.value(match.source))
         if not tape.nodes or new is not tape.nodes[-1].outputs[0]:
             new = tape.op("Identity", [new])  # computed elsewhere already, under a name of its own
-        self.graph.insert_before(last, tape.nodes)
+        graph_of(last).insert_before(last, tape.nodes)
         self._added.extend(tape.nodes)
         new.type, new.shape = old.type, old.shape
         name = old.name
@@ -115,7 +130,7 @@ class Splicer:
         for node in reversed(match.nodes):
             clone = self.node(node)
             if clone.graph is not None and not any(output.uses() for output in clone.outputs):
-                self.graph.remove(clone, safe=True)
+                graph_of(clone).remove(clone, safe=True)
         old.name = f"{name}/replaced"
         new.name = name
 
@@ -173,7 +188,7 @@ class Splicer:
             old, new = add.outputs[0], conv.outputs[0]
             name, new.type, new.shape = old.name, old.type, old.shape
             old.replace_all_uses_with(new, replace_graph_outputs=True)
-            self.graph.remove(add, safe=True)
+            graph_of(add).remove(add, safe=True)
             old.name, new.name = f"{name}/replaced", name
 
     def drop_unused(self) -> None:
@@ -182,6 +197,10 @@ class Splicer:
 
         model = ir.Model(self.graph, ir_version=10)
         RemoveUnusedNodesPass()(model)
+        for body in self.graph.subgraphs():  # the pass leaves what bodies hold
+            for name, value in list(body.initializers.items()):
+                if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
+                    del body.initializers[name]
 
 
 def add_bias(tape: Tape, match: Match, result: ir.Value, shift: Tensor | None, splicer: Splicer) -> ir.Value:

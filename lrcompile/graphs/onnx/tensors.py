@@ -22,6 +22,7 @@ _SMALL_INTEGERS = {
     ir.DataType.UINT4: np.uint8,
     ir.DataType.UINT2: np.uint8,
 }
+VAST = 2**30
 _BITS = {1: np.uint8, 2: np.int16}  # how types that NumPy has not are carried over, by item size
 
 
@@ -37,8 +38,10 @@ def to_torch(tensor: ir.TensorProtocol) -> torch.Tensor:
     """The values of an ONNX tensor, same shape.
 
     External data is mapped copy-on-write: nothing is read until it is used, and writing to the result
-    neither crashes nor reaches the file. Other arrays are shared, read-only ones too: nobody writes to a
-    weight. Integers of 2 and 4 bits come unpacked, as (u)int8. bfloat16 and the 8-bit floats keep their bits.
+    neither crashes nor reaches the file. (A file of :data:`VAST` bytes or more is mapped for reading only,
+    since a private mapping counts as memory of the process where that is limited.) Other arrays are shared,
+    read-only ones too: nobody writes to a weight. Integers of 2 and 4 bits come unpacked, as (u)int8.
+    bfloat16 and the 8-bit floats keep their bits.
 
     Raises:
         UnsupportedError: strings, and floats of 4 or 6 bits.
@@ -133,7 +136,8 @@ def _map(tensor: ir.ExternalTensor) -> np.ndarray:
     path = resolve(tensor.base_dir, str(tensor.location)) if tensor.base_dir else Path(tensor.path)
     carrier = dtype.newbyteorder("<") if dtype.name in _NATIVE else np.dtype(_BITS[dtype.itemsize])
     try:
-        mapped = np.memmap(path, dtype=carrier, mode="c", offset=tensor.offset or 0, shape=shape)
+        mode = "c" if path.stat().st_size < VAST else "r"
+        mapped = np.memmap(path, dtype=carrier, mode=mode, offset=tensor.offset or 0, shape=shape)
     except (OSError, ValueError) as error:
         raise InvalidInputError(f"external data cannot be mapped: {error}", where=tensor.name) from error
     return np.asarray(mapped).view(dtype) if dtype.name not in _NATIVE else np.asarray(mapped)

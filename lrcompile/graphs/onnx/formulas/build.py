@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,13 +19,8 @@ from lrcompile.graphs.onnx.formulas.builder import TABLE, Builder
 FOLD_MAX = 2**24  # elements that a folded constant may have
 DEFAULT = ("", "ai.onnx")
 
-__all__ = ["build", "supported"]
+__all__ = ["build"]
 _TABLES = (integer, linear, moving, pointwise, reducing)  # importing them fills the table
-
-
-def supported() -> list[str]:
-    """Operators of the default domain that have a formula of their own."""
-    return sorted(name for name in TABLE if "::" not in name)
 
 
 def build(model: ir.Model, shapes: Mapping[str, Sequence[int]] | None = None) -> Formulas:
@@ -167,10 +163,10 @@ def _evaluate(node: ir.Node, arrays: list[np.ndarray], model: ir.Model) -> list[
     try:
         evaluator = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets))
         with np.errstate(all="ignore"):
-            found = evaluator.run(None, feeds)
+            found: Any = evaluator.run(None, feeds)
     except Exception:  # whatever it cannot do is left to the formulas
         return None
-    return found if all(isinstance(each, np.ndarray) for each in found) else None
+    return list(found) if all(isinstance(each, np.ndarray) for each in found) else None
 
 
 # -- operators that the standard defines by others -------------------------------------------------
@@ -181,7 +177,7 @@ def _function(builder: Builder, node: ir.Node) -> onnx.FunctionProto | None:
     if node.domain not in DEFAULT:
         return None
     try:
-        schema = onnx.defs.get_schema(node.op_type, builder.opset, "")
+        schema: Any = onnx.defs.get_schema(node.op_type, builder.opset, "")
     except Exception:
         return None
     if schema.has_function:

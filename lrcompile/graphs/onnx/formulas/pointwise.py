@@ -71,13 +71,13 @@ def _expm1(x: Expr, factor: float) -> Expr:
     return call("mul", call("sub", call("exp", x), const(1, x)), const(factor, x))
 
 
-def _unary(name: str) -> Callable[[Expr, ir.Node], Expr]:
+def _named(name: str) -> Callable[[Expr, ir.Node], Expr]:
     return lambda x, node: call(name, x)
 
 
 UNARY: dict[str, Callable[[Expr, ir.Node], Expr]] = {
     **{
-        name: _unary(name.lower())
+        name: _named(name.lower())
         for name in (
             [
                 "Abs",
@@ -170,7 +170,7 @@ def _shrink(x: Expr, limit: float, bias: float) -> Expr:
 
 
 @op(*UNARY)
-def _unary(b: Builder, node: ir.Node) -> None:
+def _of_one(b: Builder, node: ir.Node) -> None:
     x = b.need(node, 0)
     if node.op_type == "Round" and not b.dtype(x).startswith("float"):
         raise b.refuse(node, f"no formula for {b.dtype(x)}")

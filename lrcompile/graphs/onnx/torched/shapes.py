@@ -185,7 +185,7 @@ def _nonzero(node: ir.Node, x: Tensor) -> Tensor:
 @rule("TopK")
 def _topk(node: ir.Node, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     axis, largest = node.attributes.get_int("axis", -1), bool(node.attributes.get_int("largest", 1))
-    found = torch.sort(x, axis, descending=largest, stable=True)  # of equal values the first counts
+    found = torch.sort(x, dim=axis, descending=largest, stable=True)  # of equal values the first counts
     return found.values.narrow(axis, 0, int(k)), found.indices.narrow(axis, 0, int(k))
 
 
