@@ -81,7 +81,7 @@ class Scaling:
         """For ``value * ratio + zero``; ``ratio`` is positive, below 2^30 and not all zero."""
         ratio = np.asarray(ratio, np.float64)
         shift = MULTIPLIER_BITS - math.frexp(float(ratio.max()))[1]
-        shift = min(shift, 62)
+        shift = min(shift, 54)  # the zero, at most 128, is shifted as far
         multiplier = np.minimum(np.rint(np.ldexp(ratio, shift)), 2**MULTIPLIER_BITS - 1).astype(np.int32)
         return cls(multiplier, shift, (zero << shift) + (1 << (shift - 1) if shift else 0))
 
