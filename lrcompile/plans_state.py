@@ -159,11 +159,11 @@ class Table:
 
     def _adopt(self, weight: Tensor, entry: Entry) -> State:
         """A weight under a planned name that may hold other values than the planned one did."""
-        from lrcompile.plans import check_fits, content
+        from lrcompile.plans import check_fits
 
         check_fits(entry, weight, entry.name)
-        if entry.replacement is None or content(weight) == entry.sha256:
-            return self._add(weight, entry, entry.replacement)
+        if entry.replacement is None:
+            return self._add(weight, entry, None)
         state = self._add(weight, entry, None)
         self._refit(state, weight, entry)
         return state
@@ -193,6 +193,11 @@ class Table:
             self._refit(state, weight, entry)
 
     def _refit(self, state: State, weight: Tensor, entry: Entry) -> None:
+        from lrcompile.plans import content
+
+        if entry.replacement is not None and content(weight) == entry.sha256:  # an adapter was taken out again
+            state.replacement, state.reason = on_device(entry.replacement, weight.device), ""
+            return
         made = self.plan.refit(entry, weight)
         if isinstance(made, str):
             state.replacement, state.reason = None, made
