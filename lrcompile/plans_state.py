@@ -96,6 +96,14 @@ class Table:
             if entry is not None and id(parameter) not in self.states:
                 self._add(parameter, entry, entry.replacement)
 
+    def meet(self, model: nn.Module) -> None:
+        """Looks up all planned weights of a module; call it under :attr:`lock`."""
+        wanted = self._by_name()
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            entry = wanted.get(name)
+            if entry is not None:
+                self.state(parameter, entry.kind)
+
     def forget(self) -> None:
         """Looks up everything anew that was not found so far."""
         with self.lock:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lrcompile import Plan
-from tests.backends.compiling import close, planned, reference, stack
+from tests.backends.compiling import Watch, close, compressed, planned, reference, stack
 from tests.backends.test_compile import X, compiled, fresh
 
 __all__ = ["fresh"]
@@ -52,3 +52,51 @@ def test_a_changed_kernel_is_factorised_anew(tmp_path: Path):
         model.a.weight.mul_(1.5)
         assert close(run(x), reference(model, plan)(x), 1e-5)
         assert plan.status()["a"] == "compressed" and plan.table.refits >= 1
+
+
+def test_releasing_costs_no_recompilation_where_layers_are_planned_differently():
+    """Torch's guards look at the class of a weight, and equal layers share code: one that stays dense must fit them."""
+    model, watch = stack(12, broken=True), Watch()
+    plan = planned(model, 0.6)
+    for index, name in enumerate(plan.compressed):
+        if index % 3 == 0:
+            plan.entries[name].replacement = None
+    plan.table.states.clear()
+    plan.table.know(model)
+    expected = reference(model, plan)(X)
+    torch._dynamo.utils.counters.clear()
+    run = compiled(model, plan, watch, release=True)
+    for _ in range(3):
+        watch.clear()
+        assert close(run(X), expected)
+        assert compressed(watch, plan, model) == len(plan.compressed) >= 8
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert "compressed, dense values released" in plan.status().values()
+
+
+def test_a_layer_that_was_moved_keeps_its_weight():
+    """The place that the plan knows is gone, so whoever holds the weight now may read it."""
+    model = stack(2)
+    plan = planned(model)
+    model.blocks[0].up = nn.Sequential(model.blocks[0].up)
+    expected = reference(stack(2), plan)(X)
+    assert close(compiled(model, plan, "eager", release=True)(X), expected)
+    assert plan.status()["blocks.0.up"] == "compressed, dense values kept: also held by a Linear"
+    assert plan.status()["blocks.1.up"] == "compressed, dense values released"
+
+
+def test_a_loaded_plan_releases_too(tmp_path: Path):
+    planned(stack(4), 0.5).save(tmp_path)
+    for regional in (False, True):
+        torch._dynamo.reset()
+        model, plan = stack(4), Plan.load(tmp_path)
+        expected = reference(model, plan)(X)
+        if regional:
+            plan.bind(model)
+            for block in model.blocks:
+                block.compile(backend="lrcompile", options={"plan": plan, "inner": "eager", "release": True})
+            run = model
+        else:
+            run = compiled(model, plan, "eager", release=True)
+        assert close(run(X), expected) and close(run(X), expected)
+        assert sum(text.endswith("released") for text in plan.status().values()) == len(plan.compressed)
