@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("startup", "raising", "conformance", "minilm", "smollm2", "compile")
+NAMES = ("startup", "raising", "conformance", "minilm", "smollm2", "dispatch", "compile", "regional")
 
 
 def main() -> None:

@@ -24,7 +24,8 @@ class NodeRewrite(GraphPass):
         name: as users write it.
         onnx: an onnxscript ``RewriteRule`` or ``RewriteRuleSet`` (``onnxscript.rewriter``), or a sequence of rules.
         fx: a (pattern, replacement) pair of functions, or a sequence of pairs; each is traced, so both are
-            written in plain torch. They are matched in graphs that were exported or captured by torch.
+            written in plain torch. They apply to graphs of the kind ``fx``; no graph of this version is one, so a
+            rewrite that has nothing else is refused with that reason.
         exact: whether the outputs are reproduced to rounding. If not, the gate's drift limit applies.
         doc: what it does, for ``lrcompile passes``; the first line is the summary.
 

@@ -198,10 +198,10 @@ class Plan:
             return "the plan was saved without statistics"
         with torch.inference_mode(False), torch.no_grad():
             each = self.passes.get(recipe.source) or parse(recipe.source, passes())
-            statistics = {"moments": self.moments, "gradients": self.gradients}
-            return _again(
-                each, recipe, found, Context(_Lone(found).graph, **statistics, align=self.align, seed=self.seed)
+            context = Context(
+                _Lone(found).graph, self.moments, align=self.align, seed=self.seed, gradients=self.gradients
             )
+            return _again(each, recipe, found, context)
 
 
 def _values(entry: Entry, parameters: Any) -> float:

@@ -153,6 +153,7 @@ def spectrum(weight: Tensor, metric: Tensor | None, outer: Tensor | None = None)
         inner = wide if metric is None else wide @ metric if metric.ndim == 2 else wide * metric
         energy, root = inner @ wide.T, None if outer is None else _root(outer)
         if root is not None:
+            root = root.diag() if root.ndim == 1 else root  # it has no Cholesky factor to speak of
             energy = root.T @ energy @ root
         return _decompose(weight, energy, None, root)
     root = torch.ones(into, dtype=torch.float64) if metric is None else _root(metric)

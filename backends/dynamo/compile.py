@@ -165,7 +165,7 @@ def roots() -> list[nn.Module]:
     return list(dict.fromkeys(getattr(module, "_orig_mod", module) for module in given))
 
 
-def _called() -> Iterator[nn.Module]:
+def _called() -> Iterator[Any]:
     """The innermost call of a compiled module: after a graph break torch captures only a part of it."""
     frame = sys._getframe()
     while frame is not None:

@@ -47,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """The optimised module, and the file that it was exported to."""
     torch.manual_seed(0)
     data = [batch(4, 6, seed) for seed in range(4)]
-    result = lrcompile.optimize(
+    result: Any = lrcompile.optimize(
         Mixer().eval(), Budget(keep=0.6), calibration=data, evaluation=data[:1], options=OPTIONS
     )
     module, path = result.built.module.eval(), tmp_path_factory.mktemp("export") / "mixer.onnx"

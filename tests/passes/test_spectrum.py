@@ -309,3 +309,14 @@ def test_importance_is_shrunk_towards_its_diagonal_and_damped():
     share = (found / second)[away]
     assert float(share.max() - share.min()) < 1e-9 and 0.3 < float(share[0]) < 1.0
     assert float(torch.linalg.eigvalsh(importance_matrix(full_moments))[0]) > 0
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+def test_an_importance_that_rounding_made_indefinite(shape: tuple[int, int]):
+    """Gradients that all but vanish give such matrices; channels then count by themselves."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    outer = torch.full((shape[0], shape[0]), 1e-40, dtype=torch.float64)
+    outer.diagonal().copy_(torch.linspace(0.2, 0.5, shape[0]) * 1e-40)
+    found = spectrum(weight, None, outer)
+    left, right = found.factors(min(shape))
+    assert torch.allclose(left.double() @ right.double(), weight.double(), atol=1e-5)
