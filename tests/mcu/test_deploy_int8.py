@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +13,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from typer.testing import CliRunner
 
-from lrcompile.cli.app import app
+from lrcompile.cli.app import run
 from lrcompile.graphs.onnx.graph import OnnxGraph
 from lrcompile.graphs.onnx.quantise import quantise
 from tests.mcu.nets import Encoder, made
@@ -31,8 +32,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def deploy(folder: Path, model: str, name: str, *options: str | Path) -> tuple[int, dict[str, Any]]:
     """(exit code, the JSON object)."""
     arguments = [folder / model, "--to", "c", "-o", folder / name, *options, "--json"]
-    done = CliRunner().invoke(app, ["deploy", *map(str, arguments)])
-    return done.exit_code, json.loads(done.stdout)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = run(["deploy", *map(str, arguments)])
+    return code, json.loads(out.getvalue())
 
 
 def test_int8_runs_within_its_memory(folder: Path):
