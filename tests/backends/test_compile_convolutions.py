@@ -41,7 +41,7 @@ def test_pointwise_convolutions():
     torch.manual_seed(0)
     model = Image().eval()
     batch = [{"x": torch.randn(4, 16, 6, 6)} for _ in range(3)]
-    plan = planned(model, 0.5, calibration=batch)
+    plan = planned(model, 0.4, calibration=batch)
     run = compiled(model, plan, "eager", release=True)
     x = torch.randn(3, 16, 8, 8)
     expected = reference(model, plan)(x)
@@ -70,7 +70,7 @@ def test_convolutions_of_any_window(inner: str):
     torch.manual_seed(0)
     model = Patches().eval()
     batch = [{"x": torch.randn(4, 8, 9, 9)} for _ in range(3)]
-    plan = planned(model, 0.5, calibration=batch)
+    plan = planned(model, 0.4, calibration=batch)
     run = compiled(model, plan, inner)
     x = torch.randn(3, 8, 9, 9)
     expected = reference(model, plan)(x)
