@@ -187,7 +187,7 @@ class LayerNorm:
     """Normalisation over ``count`` codes, then a gain and a shift per channel.
 
     Args:
-        epsilon: in units of the variance times count^2.
+        epsilon: in units of the variance times count^2, shifted likewise.
         root_shift: the variance is shifted left by twice this before its root is taken.
         gain: int32 per channel; shift: int64 per channel, with the zero and the rounding.
     """
@@ -211,7 +211,8 @@ class LayerNorm:
         shift = fraction + NORM_BITS
         offset = np.rint(np.ldexp(bias.astype(np.float64) / out.step + out.zero, shift)) + 2 ** (shift - 1)
         fixed = np.rint(np.ldexp(ratio, fraction)).astype(np.int32)
-        return cls(count, round(epsilon * (count / code.step) ** 2), root_shift, fixed, offset.astype(np.int64), shift)
+        small = round(math.ldexp(epsilon * (count / code.step) ** 2, 2 * root_shift))
+        return cls(count, small, root_shift, fixed, offset.astype(np.int64), shift)
 
     @property
     def reciprocal_bits(self) -> int:
@@ -230,8 +231,8 @@ def layer_norm(codes: np.ndarray, how: LayerNorm) -> np.ndarray:
     wide = codes.astype(np.int32)
     total = wide.sum(-1, keepdims=True, dtype=np.int32)
     squares = (wide * wide).sum(-1, keepdims=True, dtype=np.int32).astype(np.int64)
-    variance = squares * how.count - total.astype(np.int64) ** 2 + how.epsilon
-    root = isqrt(np.maximum(variance, 1) << (2 * how.root_shift))
+    variance = squares * how.count - total.astype(np.int64) ** 2
+    root = isqrt(np.maximum((variance << (2 * how.root_shift)) + how.epsilon, 1 << (2 * how.root_shift)))
     reciprocal = (np.int64(1) << how.reciprocal_bits) // root
     centred = wide * np.int32(how.count) - total
     normal = (centred.astype(np.int64) * reciprocal) >> (30 - NORM_BITS)

@@ -25,7 +25,7 @@ from lrcompile.plans_state import Table
 from lrcompile.registry import passes
 from lrcompile.report import record
 from lrcompile.rewrite import Context, GraphPass, LinearPass, Pass, Rewritten, parse, storage_dtype
-from lrcompile.sites import LinearSite, Use
+from lrcompile.sites import LinearSite, Use, Window
 from lrcompile.verify import EXACT
 
 
@@ -38,12 +38,14 @@ class Recipe:
         label: which of its proposals (``rank 96``); empty for an exact pass.
         inputs: for each use of the weight the value that it reads: together the key of its moments.
         biased: whether every use has a bias.
+        window: geometry of a convolution.
     """
 
     source: str
     label: str
     inputs: tuple[str, ...]
     biased: bool
+    window: Window | None = None
 
 
 @dataclass(eq=False)
@@ -191,7 +193,7 @@ class Plan:
         recipe = entry.recipe
         if recipe is None:
             return "its expression was made from several weights together"
-        found = LinearSite(entry.name, Dense(matrix(weight, entry.kind)), _uses(recipe, entry))
+        found = LinearSite(entry.name, Dense(matrix(weight, entry.kind)), _uses(recipe, entry), recipe.window)
         if self.calibrated and found.input not in self.moments:
             return "the plan was saved without statistics"
         with torch.inference_mode(False), torch.no_grad():

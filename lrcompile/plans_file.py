@@ -19,6 +19,7 @@ from lrcompile.files import AtomicSet, made_folder, system_error
 from lrcompile.graphs.base import Replacement
 from lrcompile.linop import rebuild, structure, tensors
 from lrcompile.plans import Entry, Plan, Recipe
+from lrcompile.sites import Window
 
 SCHEMA = "lrcompile.compile-plan/1"
 TARGET, WEIGHTS = "plan.json", "plan.safetensors"
@@ -76,7 +77,7 @@ class _Writer:
             "structure": None if by is None else structure(by.operator),
             "tensors": {} if by is None else {path: self.tensor(value) for path, value in tensors(by.operator)},
             "shift": None if by is None or by.shift is None else self.tensor(by.shift),
-            "recipe": None if recipe is None else {**vars(recipe), "inputs": list(recipe.inputs)},
+            "recipe": None if recipe is None else {**vars(recipe), "window": recipe.window and vars(recipe.window)},
         }
 
     def moments(self, found: Mapping[str, Moments], kind: str) -> list[list[Any]]:
@@ -182,7 +183,9 @@ def _entry(item: dict[str, Any], held: dict[str, Tensor], memo: dict[Any, Any]) 
 
 def _recipe(item: dict[str, Any]) -> Recipe:
     inputs = tuple(_text(each) for each in item["inputs"])
-    return Recipe(_text(item["source"]), _text(item["label"]), inputs, item["biased"] is True)
+    window = item["window"]
+    geometry = None if window is None else Window(**{name: tuple(map(int, values)) for name, values in window.items()})
+    return Recipe(_text(item["source"]), _text(item["label"]), inputs, item["biased"] is True, geometry)
 
 
 def _replacement(

@@ -158,7 +158,7 @@ class _Made:
         biased = all(use.bias is not None for use in site.uses)
         proposal = None if choice is None else choice.proposal
         if proposal is None:
-            return Recipe("exact-low-rank", "", uses, biased)  # the one exact pass over single weights
+            return Recipe("exact-low-rank", "", uses, biased, site.window)  # the one exact pass over single weights
         if len(proposal.sites) > 1:
             return None
-        return Recipe(self.texts.get(proposal.source, proposal.source), proposal.label, uses, biased)
+        return Recipe(self.texts.get(proposal.source, proposal.source), proposal.label, uses, biased, site.window)

@@ -96,6 +96,14 @@ class Table:
             if entry is not None and id(parameter) not in self.states:
                 self._add(parameter, entry, entry.replacement)
 
+    def meet(self, model: nn.Module) -> None:
+        """Looks up all planned weights of a module; call it under :attr:`lock`."""
+        wanted = self._by_name()
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            entry = wanted.get(name)
+            if entry is not None:
+                self.state(parameter, entry.kind)
+
     def forget(self) -> None:
         """Looks up everything anew that was not found so far."""
         with self.lock:
@@ -159,11 +167,11 @@ class Table:
 
     def _adopt(self, weight: Tensor, entry: Entry) -> State:
         """A weight under a planned name that may hold other values than the planned one did."""
-        from lrcompile.plans import check_fits, content
+        from lrcompile.plans import check_fits
 
         check_fits(entry, weight, entry.name)
-        if entry.replacement is None or content(weight) == entry.sha256:
-            return self._add(weight, entry, entry.replacement)
+        if entry.replacement is None:
+            return self._add(weight, entry, None)
         state = self._add(weight, entry, None)
         self._refit(state, weight, entry)
         return state
@@ -193,6 +201,11 @@ class Table:
             self._refit(state, weight, entry)
 
     def _refit(self, state: State, weight: Tensor, entry: Entry) -> None:
+        from lrcompile.plans import content
+
+        if entry.replacement is not None and content(weight) == entry.sha256:  # an adapter was taken out again
+            state.replacement, state.reason = on_device(entry.replacement, weight.device), ""
+            return
         made = self.plan.refit(entry, weight)
         if isinstance(made, str):
             state.replacement, state.reason = None, made

@@ -18,7 +18,7 @@ from lrcompile.spectrum import Spectrum, metric_matrix, sampling_shrink, spectru
 from lrcompile.windows import site_cost
 
 FORMS = ("all", "channel", "spatial", "tucker")
-SHARES = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+SHARES = (0.75, 0.5, 0.35, 0.2)
 """Shares of the channels that the inner convolution keeps."""
 
 

@@ -46,7 +46,7 @@ def compiled(module: fx.GraphModule, inputs: Sequence[Any], options: Any, mode: 
         return build(_plain(module), list(inputs))
     after = Releaser(plan).after if chosen.release and plan is not None else None
     if chosen.release and plan is not None:
-        Releaser.prepare(plan)
+        Releaser.prepare(plan, [inputs[each.index] for each in marked], [each.kind for each in marked])
     return Dispatcher(module, inputs, marked, table, build, after)
 
 

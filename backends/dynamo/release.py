@@ -74,13 +74,24 @@ class Releaser:
         self.plan = plan
 
     @staticmethod
-    def prepare(plan: Plan) -> None:
-        """Turns the planned weights into releasable ones before torch makes its guards, which then hold for good."""
+    def prepare(plan: Plan, weights: Sequence[Tensor], kinds: Sequence[str]) -> None:
+        """Turns all weights of the plan into releasable ones before torch makes its guards, which then hold for good.
+
+        Those that stay dense too: torch looks at the class, and equal layers of different plans share one code.
+
+        Args:
+            weights, kinds: of the graph at hand; a plan that was loaded may not have met them yet.
+        """
+        with plan.table.lock:
+            for weight, kind in zip(weights, kinds, strict=True):
+                plan.table.state(weight, kind)
+            for module in list(plan.modules):
+                plan.table.meet(module)
         for state in list(plan.table.states.values()):
             weight = state.ref()
-            if weight is not None and state.replacement is not None and type(weight) is nn.Parameter:
+            if weight is not None and state.entry is not None and type(weight) is nn.Parameter:
                 weight.__class__ = Releasable
-                weight._lrcompile_site = state.entry.name if state.entry is not None else ""  # type: ignore[attr-defined]
+                weight._lrcompile_site = state.entry.name  # type: ignore[attr-defined]
 
     def after(self, dispatcher: Dispatcher, weights: Sequence[Tensor], states: Sequence[State]) -> None:
         """Releases what the code that has just run does not read."""
@@ -92,6 +103,8 @@ class Releaser:
         if not wanted:
             return
         others = _other_holders([weight for weight, _ in wanted], self.plan)
+        if not self.plan.modules:  # found by content: nothing says where else the model reads them
+            others = {id(weight): "plan.bind(model) tells whose they are" for weight, _ in wanted}
         for weight, state in wanted:
             if id(weight) in others:
                 self._say(state, f"compressed, dense values kept: {others[id(weight)]}")
@@ -117,13 +130,13 @@ def _drop(weight: Tensor) -> None:
 def _other_holders(weights: Sequence[Tensor], plan: Plan) -> dict[int, str]:
     """By ``id`` of a weight: who holds it beside the planned places."""
     gc.collect()
+    names = {name for entry in plan.entries.values() for name in entry.parameters}
     planned: dict[int, set[tuple[int, str]]] = {}
     for module in plan.modules:
-        for entry in plan.entries.values():
-            for name in entry.parameters:
-                path, _, last = name.rpartition(".")
-                holder = module.get_submodule(path)
-                planned.setdefault(id(holder._parameters.get(last)), set()).add((id(holder), last))
+        for path, holder in module.named_modules(remove_duplicate=False):
+            for last, parameter in holder._parameters.items():
+                if f"{path}.{last}".lstrip(".") in names:
+                    planned.setdefault(id(parameter), set()).add((id(holder), last))
     wanted = {id(weight) for weight in weights}
     found: dict[int, str] = {}
     for thing in gc.get_objects():

@@ -219,8 +219,8 @@ def _layer_norm(b: Builder, node: ir.Node) -> None:
         first, second = b.at(total, i), b.at(squares, i)
         variance = call("mul", wide(second), whole(count, 64))
         variance = call("sub", variance, call("mul", wide(first), wide(first)))
-        variance = call("max", call("add", variance, whole(integer(node, "epsilon"), 64)), whole(1, 64))
-        root = call("isqrt", call("shl", variance, whole(2 * root_shift, 64)))
+        shifted = call("add", call("shl", variance, whole(2 * root_shift, 64)), whole(integer(node, "epsilon"), 64))
+        root = call("isqrt", call("max", shifted, whole(1 << (2 * root_shift), 64)))
         return cast(call("div", whole(1 << (30 + root_shift), 64), root), "int32")
 
     reciprocal = b.define(None, b.shape(total), inverse, f"{name}/scale")
