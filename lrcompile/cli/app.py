@@ -193,7 +193,9 @@ def deploy(
     keep: Annotated[
         float | None, typer.Option("--keep", help="compress first: share of the weights that stays")
     ] = None,
-    max_drift: Annotated[float | None, typer.Option("--max-drift", help="gate of --keep, as in optimize")] = None,
+    max_drift: Annotated[
+        float | None, typer.Option("--max-drift", help="gate of --keep and of --int8, as in optimize")
+    ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="quantise to 8 bits, calibrated")] = False,
     calib: Annotated[str | None, typer.Option("--calib", help="samples for --keep and --int8: .npz")] = None,
     run: Annotated[str | None, typer.Option("--run", help="samples to run in the emulator: .npz")] = None,

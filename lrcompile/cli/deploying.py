@@ -37,7 +37,7 @@ def deploy(given: dict[str, Any], tell: Progress) -> Answer:
     board = _board(given)
     _check_output(output, given["force"])
     with tempfile.TemporaryDirectory(prefix="lrcompile-") as scratch:
-        source = prepared(model, Path(scratch), given, tell)
+        source, drift = prepared(model, Path(scratch), given, tell)
         tell("reading the model")
         formulas = backend.formulas(source, _shapes(given["shape"] or []))
         samples = None if given["run"] is None else _samples(given["run"], formulas)
@@ -50,6 +50,7 @@ def deploy(given: dict[str, Any], tell: Progress) -> Answer:
             tell("running in the emulator", total=samples.samples)
             check = backend.check(firmware, source, _counted(samples, tell))
         fields = _fields(firmware, board, check)
+        fields["quantisation_drift"] = drift
         fields["precision"] = "int8" if backend.quantised(source) else "float32"
         fields["files"] = _publish(firmware, schedule, fields, model, output, given["force"])
     return Answer(fields, lambda: _show(fields, schedule, output))
@@ -177,4 +178,6 @@ def _show(fields: dict[str, Any], schedule: Schedule, output: Path) -> None:
     if "instructions" in fields:
         run = f"{fields['instructions']:,} instructions, largest error {fields['max_error']:.2g}"
         print(f"{fields['samples']} samples in the emulator: {run}, no access outside its memory")
+    if fields["quantisation_drift"] is not None:
+        print(f"int8 changes the outputs by {fields['quantisation_drift']:.2g} (relative L2, calibration samples)")
     print(f"wrote {output}: {', '.join(fields['files'])}")

@@ -46,6 +46,14 @@ def test_int8_runs_within_its_memory(folder: Path):
     assert found["ram"]["total"] <= 8 << 10
     assert (found["violations"], found["samples"]) == (0, 5)
     assert found["max_error"] < 0.2
+    assert 0 < found["quantisation_drift"] < 0.1
+
+
+def test_a_drift_above_the_limit_is_refused(folder: Path):
+    code, found = deploy(folder, "encoder.onnx", "far", "--int8", "--calib", folder / "x.npz", "--max-drift", "0.001")
+    assert code == 5
+    assert "0.001 is allowed" in found["error"]["message"]
+    assert not (folder / "far").exists()
 
 
 def test_compression_and_int8_in_one_command(folder: Path):

@@ -81,6 +81,17 @@ def test_the_trained_model_keeps_its_accuracy():
     assert np.mean(ours == whole[:40]) >= 0.97
 
 
+def test_values_without_a_type_are_rounded_too():
+    """As the nodes that a rewrite puts in leave them."""
+    model = float_model("encoder").clone()
+    for node in model.graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.type = None
+    rounded = quantise(model, samples("encoder"))
+    assert operators(rounded, samples("encoder", 1)[0]) == operators(quantised("encoder"), samples("encoder", 1)[0])
+
+
 def test_without_samples_it_is_refused():
     with pytest.raises(InvalidInputError, match=r"no calibration samples.*--calib"):
         quantise(float_model("encoder"), [])

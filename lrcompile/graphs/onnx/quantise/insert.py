@@ -17,6 +17,7 @@ from lrcompile.graphs.base import Inputs
 from lrcompile.graphs.onnx.constants import constant
 from lrcompile.graphs.onnx.naming import unique
 from lrcompile.graphs.onnx.observe import session_with
+from lrcompile.graphs.onnx.quantise.lower import infer_types
 from lrcompile.graphs.onnx.quantise.units import (
     BINARY,
     MOVES,
@@ -46,6 +47,7 @@ def quantise(model: ir.Model, samples: Iterable[Inputs]) -> ir.Model:
         UnsupportedError: nothing to quantise: the model holds no float product.
     """
     clone = model.clone()
+    infer_types(clone)  # values of nodes that a rewrite made have no type yet
     if not any(kind(node) in PRODUCTS for node in clone.graph):
         raise UnsupportedError("nothing to quantise: there is no MatMul, Gemm or Conv", hint="deploy it as float32")
     chosen = boundaries(clone.graph)

@@ -45,13 +45,14 @@ def integer_model(model: ir.Model, shapes: Mapping[str, Sequence[int]] | None = 
     for value in clone.graph.inputs:
         if shapes and value.name in shapes:
             value.shape = ir.Shape(shapes[str(value.name)])
-    _infer_shapes(clone)
+    infer_types(clone)
     clone.opset_imports.setdefault(DOMAIN, 1)
     Lowering(clone).run()
     return clone
 
 
-def _infer_shapes(model: ir.Model) -> None:
+def infer_types(model: ir.Model) -> None:
+    """Fills in the types and shapes that the file does not state, in place."""
     from onnx_ir.passes.common import ShapeInferencePass
 
     ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
