@@ -52,6 +52,7 @@ class Search:
     def __init__(self, formulas: Formulas, limit: int | None = None, options: Options | None = None) -> None:
         self.formulas, self.limit = formulas, limit
         self.options = options or Options(formulas)
+        self.strict = False  # whether to drop at once what is above the limit
         self.order = list(formulas.stages)
         self.place = {name: at for at, name in enumerate(self.order)}
         self.readers = formulas.readers()
@@ -59,11 +60,13 @@ class Search:
 
     def run(self) -> Schedule:
         """The schedule of least work under the limit; without one that fits, the smallest found."""
-        states = [_State(frozenset(), (), 0, 0.0)]
-        for at, name in enumerate(self.order):
-            states = self._kept([new for state in states for new in self._next(state, name, at)])
-        best = min(states, key=self._rank)
-        return self._schedule(best)
+        for self.strict in (self.limit is not None, False):
+            states = [_State(frozenset(), (), 0, 0.0)]
+            for at, name in enumerate(self.order):
+                states = self._kept([new for state in states for new in self._next(state, name, at)])
+            if states:
+                break
+        return self._schedule(min(states, key=self._rank))
 
     def _rank(self, state: _State) -> tuple[float, float, float]:
         over = 0 if self.limit is None else max(state.peak - self.limit, 0)
@@ -84,12 +87,17 @@ class Search:
             return
         live = frozenset(each for each in (*state.live, name) if self._needed(each, at, after))
         dying = [each for each in state.live if each not in live]
+        held = sum(_size(self.formulas.stages[each]) for each in state.live - set(self.formulas.outputs))
+        room = None if not self.strict or self.limit is None else self.limit - held
+        if room is not None and (0 if dying or name in self.formulas.outputs else _size(stage)) > room:
+            return
         spent = sum(self.base[each] for each, used in state.waiting if each in inside and not used)
         for option in self.options.of(name, inside):
             for over in self._overwritten(option, name, dying):
-                held = sum(_size(self.formulas.stages[each]) for each in state.live - set(self.formulas.outputs))
                 own = 0 if over is not None or name in self.formulas.outputs else _size(stage)
                 peak = max(state.peak, held + own + -(-option.scratch // ALIGN) * ALIGN)
+                if self.strict and self.limit is not None and peak > self.limit:
+                    continue
                 total = state.work + option.work - spent
                 yield _State(live, after, peak, total, state, (name, option, over))
 
