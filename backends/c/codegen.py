@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from tvm.tirx import transform
 from lrcompile.backends.c.lower import Lowered
 
 FUNCTION = re.compile(r"^(?:TVM_DLL )?void (\w+)\(([^)]*)\) \{\n(.*?)^\}", re.M | re.S)
+UNUSED = re.compile(r"^ *int32_t (\w+) = [^;\n]*;\n", re.M)
 HELPERS = """static inline float lrc_f32(uint32_t bits)
 {
     union { uint32_t bits; float value; } both;
@@ -71,6 +73,12 @@ def _parameters(params: Sequence[str], kernel: Lowered) -> str:
 
 
 def _clean(body: str) -> str:
-    """Four spaces; ``acc_ptr`` is ``acc``."""
+    """Four spaces; ``acc_ptr`` is ``acc``; no variable that nothing reads."""
     body = re.sub(r"^( +)", lambda match: match.group(1) * 2, body, flags=re.M)
-    return re.sub(r"\b(\w+)_ptr\b", r"\1", body)
+    body = re.sub(r"\b(\w+)_ptr\b", r"\1", body)
+    while True:
+        counts = Counter(re.findall(r"\b[a-z]\w*", body))
+        shorter = UNUSED.sub(lambda match: "" if counts[match.group(1)] == 1 else match.group(0), body)
+        if shorter == body:
+            return body
+        body = shorter

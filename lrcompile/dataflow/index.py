@@ -56,13 +56,19 @@ class Sum:
 
     def __add__(self, other: Sum | int) -> Sum:
         if isinstance(other, int):
-            return Sum(self.terms, self.constant + other)
+            return Sum(self.terms, self.constant + other) if other else self
+        if not other.terms:
+            return self + other.constant
+        if not self.terms:
+            return other + self.constant
         merged = dict(self.terms)
         for atom, factor in other.terms:
             merged[atom] = merged.get(atom, 0) + factor
         return Sum(_ordered(merged), self.constant + other.constant)
 
     def __mul__(self, factor: int) -> Sum:
+        if factor == 1:
+            return self
         if factor == 0:
             return Sum()
         return Sum(tuple((atom, each * factor) for atom, each in self.terms), self.constant * factor)
@@ -186,6 +192,8 @@ def _modulo(index: Sum, divisor: int) -> Sum:
 
 def substitute(index: Sum, value: Callable[[Any], Sum | None]) -> Sum:
     """Replaces atoms for which ``value`` has an answer, and normalises again."""
+    if all(isinstance(atom, Var) and value(atom) is None for atom, _ in index.terms):
+        return index
     result = Sum((), index.constant)
     for atom, factor in index.terms:
         new = value(atom)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from lrcompile.dataflow.blocking import work
 from lrcompile.dataflow.expr import Call, Const, Datum, Expr, Load, Position, with_vars
 from lrcompile.dataflow.index import Quotient, Remainder, Sum, Var, of, substitute, variables
 from lrcompile.dataflow.nest import Mode, Nest, overwrites
@@ -14,14 +15,18 @@ from lrcompile.dataflow.stage import Formulas, Part, Stage
 
 Inside = Mapping[str, Mode]
 Loops = tuple[tuple[int, int], ...]
+CHEAP = 0.05
+"""Of the work of the costliest stage: what costs no more than this may be computed again for several nests."""
+SMALL = 1024  # bytes of pieces for which one loop is enough
 TILES = (4,)
 """Sizes of pieces that the search compares; the chosen nests are refined afterwards."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What tells one nest from another: loops of each part, and the size of pieces inside."""
+    """What tells one nest from another: how inner stages are computed, loops of each part, the size of pieces."""
 
+    inside: Inside
     loops: tuple[Loops, ...]
     size: int
     parts: tuple[Part, ...]
@@ -47,24 +52,45 @@ class Options:
 
     def __init__(self, formulas: Formulas, tiles: Sequence[int] = TILES) -> None:
         self.formulas, self.tiles = formulas, tuple(tiles)
-        self._known: dict[tuple, list[Shape]] = {}
-        self._made: dict[tuple, list[Option]] = {}
+        self._known: dict[tuple, list[tuple[Shape, dict[int, Mode]]]] = {}
+        self._made: dict[tuple[str, frozenset[str]], list[Option]] = {}
         self._keys = {name: _structure(stage, formulas) for name, stage in formulas.stages.items()}
+        base = {name: sum(work(part) for part in stage.parts) for name, stage in formulas.stages.items()}
+        self.cheap = {name for name, each in base.items() if each <= CHEAP * max(base.values())}
 
-    def of(self, name: str, inside: Inside) -> list[Option]:
+    def of(self, name: str, inside: frozenset[str]) -> list[Option]:
         """Options that no other one beats in both memory and work, the least work first."""
-        exact = (name, tuple(sorted(inside.items())))
-        if exact not in self._made:
-            key = self._signature(name, inside)
-            if key in self._known:
-                self._made[exact] = [self._again(name, inside, shape) for shape in self._known[key]]
-            else:
-                self._made[exact] = _best(list(self._search(name, inside)))
-                self._known[key] = [each.shape for each in self._made[exact]]
+        exact = (name, inside)
+        if exact in self._made:
+            return self._made[exact]
+        order = sorted(inside, key=self.formulas.places.__getitem__)
+        key = self._signature(name, order)
+        if key in self._known:
+            shapes = [
+                replace(shape, inside={order[at]: mode for at, mode in modes.items()})
+                for shape, modes in self._known[key]
+            ]
+            self._made[exact] = [self._again(name, shape) for shape in shapes]
+        else:
+            self._made[exact] = _best([each for modes in self._modes(order) for each in self._search(name, modes)])
+            place = {each: at for at, each in enumerate(order)}
+            self._known[key] = [
+                (each.shape, {place[inner]: mode for inner, mode in each.shape.inside.items()})
+                for each in self._made[exact]
+            ]
         return self._made[exact]
 
-    def refined(self, name: str, option: Option, inside: Inside, tiles: Sequence[int]) -> Iterator[Option]:
+    def _modes(self, inside: Sequence[str]) -> Iterator[Inside]:
+        """Nothing twice; what is cheap twice; everything as small as possible."""
+        yield dict.fromkeys(inside, "once")
+        if any(each in self.cheap for each in inside):
+            yield {each: "again" if each in self.cheap else "once" for each in inside}
+        if any(each not in self.cheap for each in inside):
+            yield dict.fromkeys(inside, "again")
+
+    def refined(self, name: str, option: Option, tiles: Sequence[int]) -> Iterator[Option]:
         """The same loops in pieces of other sizes."""
+        inside = option.shape.inside
         for size in tiles:
             loops = tuple(
                 tuple(
@@ -95,14 +121,12 @@ class Options:
                 )
                 yield self._build(name, inside, loops, size)
                 continue
-            part, useful = stage.parts[0], []
+            part = stage.parts[0]
             for axis in each_part[0]:
-                found = self._exactly(name, inside, ((axis, _piece(part, axis, size)),), size)
-                yield found
-                if found.scratch < bare.scratch * 0.95:
-                    useful.append(axis)
-            for first, last in itertools.permutations(useful, 2):
-                yield self._exactly(name, inside, ((first, 1), (last, _piece(part, last, size))), size)
+                yield self._exactly(name, inside, ((axis, _piece(part, axis, size)),), size)
+            for first, last in itertools.permutations(each_part[0], 2):
+                if bare.scratch > SMALL:
+                    yield self._exactly(name, inside, ((first, 1), (last, _piece(part, last, size))), size)
 
     def _axes(self, part: Part, inside: Inside) -> list[int]:
         """Axes that what is computed inside depends on."""
@@ -127,15 +151,15 @@ class Options:
         for part, each in zip(chosen, loops, strict=True):
             nests.append(Nest(self.formulas, stage, part, inside, each, size))
         scratch = max(Scratch(nest).size for nest in nests)
-        return Option(Shape(tuple(loops), size, chosen), tuple(nests), scratch, sum(nest.work for nest in nests))
+        return Option(Shape(inside, tuple(loops), size, chosen), tuple(nests), scratch, sum(nest.work for nest in nests))
 
-    def _again(self, name: str, inside: Inside, shape: Shape) -> Option:
+    def _again(self, name: str, shape: Shape) -> Option:
         """An option for a stage that was found for another one of the same structure."""
         if len(shape.parts) > len(self.formulas.stages[name].parts):
-            found = self._split(name, inside, shape.loops, shape.size)
+            found = self._split(name, shape.inside, shape.loops, shape.size)
             assert found is not None
             return found
-        return self._build(name, inside, shape.loops, shape.size)
+        return self._build(name, shape.inside, shape.loops, shape.size)
 
     def _split(self, name: str, inside: Inside, loops: Sequence[Loops], size: int) -> Option | None:
         """With the remainder of the last loop as a nest of its own, so that nothing is computed twice."""
@@ -152,17 +176,13 @@ class Options:
 
     # -- equal structures ------------------------------------------------------------------------
 
-    def _signature(self, name: str, inside: Inside) -> tuple:
+    def _signature(self, name: str, inside: Sequence[str]) -> tuple:
         """Equal for stages of the same structure: names of tensors are numbered."""
-        numbers: dict[str, int] = {}
-        rows = []
-        for each in [*(other for other in self.formulas.stages if other in inside), name]:
-            structure, tensors = self._keys[each]
-            rows.append(
-                (structure, inside.get(each), tuple(numbers.setdefault(t, len(numbers)) if t in inside else -1 for t in tensors))
-            )
-            numbers.setdefault(each, len(numbers))
-        return tuple(rows)
+        numbers = {each: at for at, each in enumerate(inside)}
+        return tuple(
+            (self._keys[each][0], each in self.cheap, tuple(numbers.get(tensor, -1) for tensor in self._keys[each][1]))
+            for each in (*inside, name)
+        )
 
 
 def _piece(part: Part, axis: int, size: int) -> int:

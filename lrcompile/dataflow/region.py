@@ -70,7 +70,9 @@ def _interval(index: Sum, fixed: Set[Var]) -> tuple[Sum, int] | None:
 
 def union(regions: Iterable[Region], shape: tuple[int, ...]) -> Region:
     """The smallest box around all; where starts cannot be compared it is the whole axis."""
-    every = list(regions)
+    every = list(dict.fromkeys(regions))
+    if len(every) == 1:
+        return every[0]
     starts, extents = [], []
     for axis, extent in enumerate(shape):
         gaps = [each.starts[axis] - every[0].starts[axis] for each in every]

@@ -1,8 +1,8 @@
 """Which stages to write to memory, and which to compute inside the loops of others.
 
-Stages are decided in their order: to memory, inside ``once`` (in one nest, without extra work), or inside ``again``
-(as small as possible, for each reader anew). A state is what is in memory and what waits to be computed inside; of
-states that look alike only those survive that no other one beats in memory and work.
+Stages are decided in their order: written to memory, or computed inside the nests of those that read them. A state is
+what is in memory and what waits to be computed inside; of states that look alike only those survive that no other one
+beats in memory and work.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lrcompile.dataflow.blocking import work
-from lrcompile.dataflow.nest import Mode
 from lrcompile.dataflow.options import Option, Options
 from lrcompile.dataflow.planner import ALIGN
 from lrcompile.dataflow.schedule import Schedule, Step
@@ -30,17 +29,17 @@ class _State:
 
     Args:
         live: stages in memory that are still needed.
-        waiting: stages to be computed inside → (mode, whether a nest has done so).
+        waiting: stages to be computed inside, and whether a nest has done so already.
         peak: most bytes so far.
         work: instructions so far, what waits counted once.
     """
 
     live: frozenset[str]
-    waiting: tuple[tuple[str, Mode, bool], ...]
+    waiting: tuple[tuple[str, bool], ...]
     peak: int
     work: float
     before: _State | None = None
-    step: tuple[str, Option, str | None, dict[str, Mode]] | None = None
+    step: tuple[str, Option, str | None] | None = None
 
 
 class Search:
@@ -53,6 +52,7 @@ class Search:
     def __init__(self, formulas: Formulas, limit: int | None = None, options: Options | None = None) -> None:
         self.formulas, self.limit = formulas, limit
         self.options = options or Options(formulas)
+        self.strict = False  # whether to drop at once what is above the limit
         self.order = list(formulas.stages)
         self.place = {name: at for at, name in enumerate(self.order)}
         self.readers = formulas.readers()
@@ -60,11 +60,13 @@ class Search:
 
     def run(self) -> Schedule:
         """The schedule of least work under the limit; without one that fits, the smallest found."""
-        states = [_State(frozenset(), (), 0, 0.0)]
-        for at, name in enumerate(self.order):
-            states = self._kept([new for state in states for new in self._next(state, name, at)])
-        best = min(states, key=self._rank)
-        return self._schedule(best)
+        for self.strict in (self.limit is not None, False):
+            states = [_State(frozenset(), (), 0, 0.0)]
+            for at, name in enumerate(self.order):
+                states = self._kept([new for state in states for new in self._next(state, name, at)])
+            if states:
+                break
+        return self._schedule(min(states, key=self._rank))
 
     def _rank(self, state: _State) -> tuple[float, float, float]:
         over = 0 if self.limit is None else max(state.peak - self.limit, 0)
@@ -74,8 +76,8 @@ class Search:
 
     def _next(self, state: _State, name: str, at: int) -> Iterable[_State]:
         stage = self.formulas.stages[name]
-        for mode in self._modes(stage) if len(state.waiting) < MOST else ():
-            waiting = (*state.waiting, (name, mode, False))
+        if len(state.waiting) < MOST and len(stage.parts) == 1 and name not in self.formulas.outputs:
+            waiting = (*state.waiting, (name, False))
             yield _State(state.live, waiting, state.peak, state.work + self.base[name], state)
         inside = self._inside(state, name)
         if inside is None:
@@ -85,63 +87,49 @@ class Search:
             return
         live = frozenset(each for each in (*state.live, name) if self._needed(each, at, after))
         dying = [each for each in state.live if each not in live]
-        spent = sum(self.base[each] for each, _, used in state.waiting if each in inside and not used)
+        held = sum(_size(self.formulas.stages[each]) for each in state.live - set(self.formulas.outputs))
+        room = None if not self.strict or self.limit is None else self.limit - held
+        if room is not None and (0 if dying or name in self.formulas.outputs else _size(stage)) > room:
+            return
+        spent = sum(self.base[each] for each, used in state.waiting if each in inside and not used)
         for option in self.options.of(name, inside):
             for over in self._overwritten(option, name, dying):
-                held = sum(_size(self.formulas.stages[each]) for each in state.live - set(self.formulas.outputs))
                 own = 0 if over is not None or name in self.formulas.outputs else _size(stage)
                 peak = max(state.peak, held + own + -(-option.scratch // ALIGN) * ALIGN)
+                if self.strict and self.limit is not None and peak > self.limit:
+                    continue
                 total = state.work + option.work - spent
-                yield _State(live, after, peak, total, state, (name, option, over, inside))
+                yield _State(live, after, peak, total, state, (name, option, over))
 
-    def _modes(self, stage: Stage) -> tuple[Mode, ...]:
-        if len(stage.parts) > 1 or stage.name in self.formulas.outputs:
-            return ()
-        if len(self.readers[stage.name]) > 1 or self._windowed(stage.name):
-            return ("once", "again")
-        return ("once",)
-
-    def _windowed(self, name: str) -> bool:
-        """Whether a reader's neighbouring results share elements of the stage, as in a convolution."""
-        for reader in self.readers[name]:
-            for part in self.formulas.stages[reader].parts:
-                for load in part.loads():
-                    if load.tensor == name and any(len(index.terms) > 1 for index in load.index):
-                        return True
-        return False
-
-    def _inside(self, state: _State, name: str) -> dict[str, Mode] | None:
-        """Waiting stages that the nest of a stage computes; None where one of them was to be computed only once."""
-        waiting = {each: (mode, used) for each, mode, used in state.waiting}
-        found: dict[str, Mode] = {}
+    def _inside(self, state: _State, name: str) -> frozenset[str] | None:
+        """Waiting stages that the nest of a stage computes; None where that is too many, or too much again."""
+        waiting = dict(state.waiting)
+        found: set[str] = set()
         stack = [name]
         while stack:
             for source in self.formulas.stages[stack.pop()].reads():
                 if source in waiting and source not in found:
-                    mode, used = waiting[source]
-                    if used and mode == "once":
+                    if len(found) == MOST or (waiting[source] and source not in self.options.cheap):
                         return None
-                    if len(found) == MOST:
-                        return None
-                    found[source] = mode
+                    found.add(source)
                     stack.append(source)
-        return found
+        return frozenset(found)
 
-    def _after(self, state: _State, inside: dict[str, Mode], at: int) -> tuple[tuple[str, Mode, bool], ...] | None:
-        """What still waits; None where something that was to be computed once has other readers left."""
-        marked = [(each, mode, used or each in inside) for each, mode, used in state.waiting]
-        kept: list[tuple[str, Mode, bool]] = []
+    def _after(self, state: _State, inside: frozenset[str], at: int) -> tuple[tuple[str, bool], ...] | None:
+        """What still waits; None where something that is computed already has other readers and is not cheap."""
+        kept: list[tuple[str, bool]] = []
         alive: set[str] = set()
-        for each, mode, used in reversed(marked):
+        for each, before in reversed(state.waiting):
+            used = before or each in inside
             if any(self.place[reader] > at or reader in alive for reader in self.readers[each]):
-                if used and mode == "once":
+                if used and each not in self.options.cheap:
                     return None
                 alive.add(each)
-                kept.append((each, mode, used))
+                kept.append((each, used))
         return tuple(reversed(kept))
 
-    def _needed(self, name: str, at: int, waiting: tuple[tuple[str, Mode, bool], ...]) -> bool:
-        names = {each for each, _, _ in waiting}
+    def _needed(self, name: str, at: int, waiting: tuple[tuple[str, bool], ...]) -> bool:
+        names = {each for each, _ in waiting}
         return any(self.place[reader] > at or reader in names for reader in self.readers[name])
 
     def _overwritten(self, option: Option, name: str, dying: list[str]) -> list[str | None]:
@@ -182,7 +170,7 @@ class Search:
     # -- result ---------------------------------------------------------------------------------
 
     def _schedule(self, state: _State) -> Schedule:
-        chosen: list[tuple[str, Option, str | None, dict[str, Mode]]] = []
+        chosen: list[tuple[str, Option, str | None]] = []
         at: _State | None = state
         while at is not None:
             if at.step is not None:
@@ -192,12 +180,12 @@ class Search:
         steps = [self._refined(step, room, state.peak) for step in reversed(chosen)]
         return Schedule(self.formulas, steps)
 
-    def _refined(self, step: tuple[str, Option, str | None, dict[str, Mode]], room: int, peak: int) -> Step:
-        name, option, over, inside = step
+    def _refined(self, step: tuple[str, Option, str | None], room: int, peak: int) -> Step:
+        name, option, over = step
         best = option
-        if inside:
+        if option.shape.inside:
             spare = room - peak
-            for other in self.options.refined(name, option, inside, REFINED):
+            for other in self.options.refined(name, option, REFINED):
                 if other.scratch > option.scratch + spare or (over is not None and not other.overwrites(over)):
                     continue
                 if (other.work, other.scratch) < (best.work, best.scratch):
