@@ -123,7 +123,11 @@ def page(made: Deployment, target: Target, memory: Memory) -> str:
     program = made.program
     parts, room = ram(made, memory), flash(made)
     facts = [("precision", made.precision), ("RAM", parts["total"]), ("of it arena", parts["arena"])]
-    facts += [("arena's lower bound for this order", program.bound), ("weights", room["weights"]), ("code", room["code"])]
+    facts += [
+        ("arena's lower bound for this order", program.bound),
+        ("weights", room["weights"]),
+        ("code", room["code"]),
+    ]
     if made.proof is not None:
         facts += [("instructions", made.proof.instructions), ("largest error", f"{made.proof.max_error:.3g}")]
         facts += [("stack used", made.proof.stack)]
@@ -149,7 +153,9 @@ def _chart(made: Deployment) -> str:
         x, width = slot.first / steps * 1000, (slot.last - slot.first + 1) / steps * 1000
         y, tall = (1 - (slot.offset + slot.nbytes) / height) * 300, slot.nbytes / height * 300
         title = html.escape(f"{slot.name}: {slot.nbytes} bytes at {slot.offset}, kernels {slot.first} to {slot.last}")
-        boxes.append(f'<rect x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{tall:.2f}"><title>{title}</title></rect>')
+        boxes.append(
+            f'<rect x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{tall:.2f}"><title>{title}</title></rect>'
+        )
     return f'<svg viewBox="0 0 1000 300" preserveAspectRatio="none">{"".join(boxes)}</svg>'
 
 

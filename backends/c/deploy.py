@@ -14,10 +14,11 @@ import numpy as np
 import onnx_ir as ir
 
 from lrcompile.backends.c.artifacts import artifacts
-from lrcompile.backends.c.target import STACK, Memory, Target
+from lrcompile.backends.c.target import Memory, Target
 from lrcompile.dataflow.fuse import fuse, refine
 from lrcompile.dataflow.program import Program
 from lrcompile.dataflow.schedule import Schedule
+from lrcompile.dataflow.options import Options
 from lrcompile.dataflow.search import Search
 from lrcompile.dataflow.stage import Formulas
 from lrcompile.errors import MissingExtraError, UnsupportedError
@@ -85,15 +86,29 @@ def arrange(model: ir.Model, memory: Memory, shapes: Shapes | None = None) -> Sc
     formulas = refine(fuse(formulas_of(model, shapes)))
     _check_weights(formulas, memory)
     room = memory.ram - memory.stack - _io(formulas)
-    found = Search(formulas, room + min(memory.stack, STACK) // 2).run() if room > 0 else None
-    if found is not None:
-        found.stack = max(memory.stack - RESERVE, 0)
-    if found is None or found.arena > room:
-        raise _does_not_fit(formulas, found, memory)
-    return found
+    pieces = max(memory.stack - RESERVE, 0)
+    options, found = Options(formulas), None
+    for limit in (room, room + pieces) if room > 0 else ():  # pieces on the stack are a reserve that is tried last
+        found = Search(formulas, limit, options).run()
+        found.stack = pieces
+        if found.arena <= room:
+            found.notes += _reasons(found)
+            return found
+    raise _does_not_fit(formulas, found, memory)
 
 
-RESERVE = 1024
+def _reasons(schedule: Schedule) -> list[str]:
+    """Why the arena is not smaller, in a few words."""
+    if not schedule.arena:
+        return ["nothing needs the arena"]
+    step, live = schedule.peak
+    words = ", ".join(f"{name} ({size})" for name, size in live[:5])
+    tight = "no placement of its buffers is smaller" if schedule.layout.optimal else "placed near its bound"
+    where = [f"most is alive in {step}: {words}", tight]
+    return [*where, "of the plans that fit, this one has the least estimated work; less --ram asks for a smaller one"]
+
+
+RESERVE = 640
 """Bytes of the stack that are left for frames: the rest may hold pieces of nests."""
 
 
@@ -221,9 +236,9 @@ def _publish(made: Deployment, target: Target, memory: Memory, work: Path, out: 
 def _prove(model: ir.Model, firmware: Any, samples: Iterable[Inputs], limit: float | None, precision: str) -> Proof:
     from lrcompile.backends.c.emulator import Emulator
     from lrcompile.errors import GateError
-    from lrcompile.graphs.onnx.session import session_with
+    from lrcompile.graphs.onnx.session import Session
 
-    session = session_with(model, list(model.graph.outputs))
+    session = Session(model.graph.clone(), model)
     machine, count, error, scale, most, stack = Emulator(firmware), 0, 0.0, 0.0, 0, 0
     violations: list[str] = []
     functions: Mapping[str, int] = {}
