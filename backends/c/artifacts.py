@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import html
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lrcompile.backends.c.result import Deployment
 from lrcompile.backends.c.target import Memory, Target
 from lrcompile.backends.c.toolchain import C_TYPES
 from lrcompile.dataflow.program import ENTRY
-
-if TYPE_CHECKING:
-    from lrcompile.backends.c.deploy import Deployment
 
 
 def artifacts(made: Deployment, target: Target, memory: Memory) -> dict[str, str]:

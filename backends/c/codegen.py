@@ -77,8 +77,11 @@ def _clean(body: str) -> str:
     body = re.sub(r"^( +)", lambda match: match.group(1) * 2, body, flags=re.M)
     body = re.sub(r"\b(\w+)_ptr\b", r"\1", body)
     while True:
-        counts = Counter(re.findall(r"\b[a-z]\w*", body))
-        shorter = UNUSED.sub(lambda match: "" if counts[match.group(1)] == 1 else match.group(0), body)
+        shorter = _without_unused(body, Counter(re.findall(r"\b[a-z]\w*", body)))
         if shorter == body:
             return body
         body = shorter
+
+
+def _without_unused(body: str, counts: Counter[str]) -> str:
+    return UNUSED.sub(lambda match: "" if counts[match.group(1)] == 1 else match.group(0), body)

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ import numpy as np
 import onnx_ir as ir
 
 from lrcompile.backends.c.artifacts import artifacts
+from lrcompile.backends.c.result import Deployment, Proof
 from lrcompile.backends.c.target import Memory, Target
 from lrcompile.dataflow.fuse import fuse, refine
-from lrcompile.dataflow.program import Program
-from lrcompile.dataflow.schedule import Schedule
 from lrcompile.dataflow.options import Options
+from lrcompile.dataflow.program import ITEMSIZE, Program
+from lrcompile.dataflow.schedule import Schedule
 from lrcompile.dataflow.search import Search
 from lrcompile.dataflow.stage import Formulas
 from lrcompile.errors import MissingExtraError, UnsupportedError
@@ -30,47 +31,6 @@ from lrcompile.graphs.onnx.quantise import integer_model, is_quantised
 from lrcompile.progress import Progress
 
 Shapes = Mapping[str, Sequence[int]]
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What running the firmware in the emulator showed.
-
-    Args:
-        instructions: of one sample, the most.
-        max_error: largest absolute difference to ONNX Runtime's outputs.
-        scale: largest absolute value of those outputs.
-        samples: how many were run.
-        stack: most bytes of stack in use.
-        functions: instructions by function, of the last sample.
-        violations: accesses outside of the memory that the firmware has.
-    """
-
-    instructions: int
-    max_error: float
-    scale: float
-    samples: int
-    stack: int
-    functions: Mapping[str, int]
-    violations: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Deployment:
-    """A program that fits, with what is known about it.
-
-    Args:
-        ram, flash: bytes by kind, from the ELF file; None where no toolchain is installed.
-        precision: ``float32`` or ``int8``.
-    """
-
-    schedule: Schedule
-    program: Program
-    ram: Mapping[str, int] | None
-    flash: Mapping[str, int] | None
-    proof: Proof | None
-    precision: str
-    files: tuple[str, ...]
 
 
 def arrange(model: ir.Model, memory: Memory, shapes: Shapes | None = None) -> Schedule:
@@ -113,10 +73,6 @@ RESERVE = 640
 
 
 def _io(formulas: Formulas) -> int:
-    from math import prod
-
-    from lrcompile.dataflow.program import ITEMSIZE
-
     ports = [*formulas.inputs.values(), *((formulas.shape(name), formulas.dtype(name)) for name in formulas.outputs)]
     return sum(prod(shape) * ITEMSIZE[dtype] for shape, dtype in ports)
 
@@ -137,7 +93,7 @@ def _does_not_fit(formulas: Formulas, found: Schedule | None, memory: Memory) ->
     own = _io(formulas)
     if found is None:
         return UnsupportedError(
-            f"inputs and outputs ({own} bytes) and the stack ({memory.stack}) leave nothing of {memory.ram} bytes of RAM",
+            f"inputs and outputs ({own} bytes) and the stack ({memory.stack}) leave nothing of {memory.ram} bytes RAM",
             hint="a smaller input, a smaller --stack, or more --ram",
         )
     need = found.arena + memory.stack + own

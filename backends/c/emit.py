@@ -42,11 +42,10 @@ def identifier(name: str, taken: set[str]) -> str:
     return symbol
 
 
-_RESERVED = set(
-    "auto break case char const continue default do double else enum extern float for goto if inline int long "
-    "register restrict return short signed sizeof static struct switch typedef union unsigned void volatile while "
-    "main model model_run model_arena model_weights pieces exp log sin cos tan pow y0 y1 yn j0 j1 jn gamma".split()
-)
+_KEYWORDS = """auto break case char const continue default do double else enum extern float for goto if inline int long
+register restrict return short signed sizeof static struct switch typedef union unsigned void volatile while"""
+_NAMES = "main model model_run model_arena model_weights pieces exp log sin cos tan pow y0 y1 yn j0 j1 jn gamma"
+_RESERVED = {*_KEYWORDS.split(), *_NAMES.split()}
 
 
 @dataclass(frozen=True)
@@ -173,6 +172,10 @@ class _Emitter:
 
     def _run(self, calls: list[_Call], symbols: dict[str, str]) -> Iterator[str]:
         yield f"{self._signature()}\n{{"
+        used = {name for call in calls for name in call.kernel.params}
+        for port in self.inputs:
+            if port.name not in used:
+                yield f"    (void){port.symbol};"
         if self.schedule.scratch:
             yield f"    union {{ double align; unsigned char bytes[{self.schedule.scratch}]; }} pieces;"
         for call in calls:

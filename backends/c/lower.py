@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from lrcompile.dataflow.stage import start as first_value
 from lrcompile.errors import UnsupportedError
 
 Env = Mapping[Var, Any]
+NO_LAYOUT: Any = None  # the stubs ask for text
 KINDS = {
     **{"add": tirx.Add, "sub": tirx.Sub, "mul": tirx.Mul, "eq": tirx.EQ, "ne": tirx.NE, "lt": tirx.LT, "le": tirx.LE},
     **{"gt": tirx.GT, "ge": tirx.GE, "and": tirx.And, "or": tirx.Or},
@@ -32,12 +32,9 @@ BITS = {
     **{"bitand": tirx.bitwise_and, "bitor": tirx.bitwise_or, "bitxor": tirx.bitwise_xor},
     **{"shl": tirx.shift_left, "shr": tirx.shift_right},
 }
-LIBM = {name: name for name in "exp log log1p sqrt erf tanh sin cos tan asin acos atan sinh cosh asinh acosh".split()}
-LIBM |= {name: name for name in "atanh floor ceil rint pow fmod".split()} | {
-    "abs": "fabs",
-    "max": "fmax",
-    "min": "fmin",
-}
+_SAME = "exp log log1p sqrt erf tanh sin cos tan asin acos atan sinh cosh asinh acosh atanh floor ceil rint pow fmod"
+LIBM = {**{name: name for name in _SAME.split()}, "abs": "fabs", "max": "fmax", "min": "fmin"}
+"""Operation → function of C's library, without the letter of the type."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ class Lowering:
         return [stmt for at, child in node.children if at == level for stmt in self._node(child, env)]
 
     def _loop(self, loop: Loop, var: Any, body: list[Any]) -> list[Any]:
-        turn = tirx.Var(f"i{next(self._count)}", "int32")
+        turn: Any = tirx.Var(f"i{next(self._count)}", "int32")
         first: Any = turn * loop.tile if loop.tile > 1 else turn
         if not loop.exact:
             first = tirx.Min(first, _int(loop.var.extent - 1))
@@ -129,7 +126,7 @@ class Lowering:
         bases = []
         for _, first, count, size in blocked:
             if count > 1:
-                turn = tirx.Var(f"b{next(self._count)}", "int32")
+                turn: Any = tirx.Var(f"b{next(self._count)}", "int32")
                 loops.append((turn, count))
                 bases.append(turn * size + first)
             else:
@@ -137,19 +134,19 @@ class Lowering:
         points = []
         for offsets in itertools.product(*(range(size) for *_, size in blocked)):
             own = {each[0]: base + offset for each, base, offset in zip(blocked, bases, offsets, strict=True)}
-            points.append(dict(env) | own)
+            points.append({**env, **own})
         return _wrap(self._reduce(node, part, points), loops)
 
     def _reduce(self, node: Node, part: Part, points: list[Env]) -> Any:
         body = part.body
         assert body is not None
-        total = tirx.decl_buffer((len(points),), _storage(body.dtype), "acc", layout=None)
+        total = tirx.decl_buffer((len(points),), _storage(body.dtype), "acc", layout=NO_LAYOUT)
         first = self._value(first_value(part.combine, body.dtype), {}, node, None)
         stmts = [tirx.AllocBuffer(total)]
         stmts += [tirx.BufferStore(total, first, [_int(at)]) for at in range(len(points))]
         inner = [var for var in part.inner if var.extent > 1]
         own, loops = self._loops(inner[:-1], {})
-        updates = self._updates(node, part, total, [dict(point) | own for point in points], inner[-1:])
+        updates = self._updates(node, part, total, [{**point, **own} for point in points], inner[-1:])
         stmts.append(_wrap(updates, loops))
         for at, point in enumerate(points):
             stmts.append(self._store(node, part, point, tirx.BufferLoad(total, [_int(at)])))
@@ -162,7 +159,7 @@ class Lowering:
             made = []
             for at, point in enumerate(points):
                 assert part.body is not None
-                value = self._value(part.body, dict(point) | extra, node, None)
+                value = self._value(part.body, {**point, **extra}, node, None)
                 old = tirx.BufferLoad(total, [_int(at)])
                 made.append(tirx.BufferStore(total, self._combine(part, old, value), [_int(at)]))
             return made
@@ -170,7 +167,7 @@ class Lowering:
         if not last:
             return _seq(update({}))
         extent, width = last[0].extent, max(1, min(UNROLL, 64 // len(points)))
-        turn = tirx.Var(f"k{next(self._count)}", "int32")
+        turn: Any = tirx.Var(f"k{next(self._count)}", "int32")
         whole, rest = divmod(extent, width)
         stmts = []
         if whole:
@@ -218,7 +215,7 @@ class Lowering:
             symbol = f"t{len(self.buffers)}"
             inside = node is not None and node is not self.nest.root
             shape = node.region.extents if node is not None and inside else self.shapes.shape(name)
-            buffer = tirx.decl_buffer((max(prod(shape), 1),), _storage(dtype), f"{symbol}_view", layout=None)
+            buffer = tirx.decl_buffer((max(prod(shape), 1),), _storage(dtype), f"{symbol}_view", layout=NO_LAYOUT)
             self.buffers[name] = buffer
             self.pointers[name] = Pointer(symbol, PointerType(PrimType(_storage(dtype)), "global"))
         return self.buffers[name]

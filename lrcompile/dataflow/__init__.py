@@ -1,1 +1,1 @@
-"""What a graph does to memory: operations over buffers, where they may lie, and in which order and pieces to run them."""
+"""What a model does to memory: stages over buffers, where these may lie, in which order and pieces to compute."""

@@ -60,7 +60,7 @@ def _inline_part(part: Part, done: dict[str, Stage], gone: set[str]) -> Part:
         if not isinstance(value, Load) or value.tensor not in gone:
             return None
         source = done[value.tensor]
-        inner = source.parts[0]
+        inner = source.first
         return with_vars(inner.finish, dict(zip(inner.axes, value.index, strict=True)))
 
     nodes = part.nodes
@@ -76,7 +76,7 @@ def _joined(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _vanishes(stage: Stage, demand: Counter[str], moves_only: bool) -> bool:
-    part = stage.parts[0] if stage.parts else None
+    part = stage.first if stage.parts else None
     if part is None or len(stage.parts) > 1 or part.inner or not part.identity:
         return False
     if isinstance(part.finish, (Load, Const, Position)):
@@ -130,7 +130,7 @@ def _split_part(part: Part, formulas: Formulas, readers: dict[str, list[str]]) -
         source = formulas.stages.get(load.tensor)
         if source is None or len(source.parts) == 1 or len(readers[source.name]) > 1 or source.name in formulas.outputs:
             continue
-        if source.parts[0].size and sum(each.size for each in source.parts) != part.size:
+        if sum(each.size for each in source.parts) != part.size:
             continue
         pieces = _pieces(part, load, source)
         if pieces is not None:
@@ -210,7 +210,7 @@ def _with_reduction(part: Part, stages: dict[str, Stage], readers: dict[str, lis
         source = stages.get(load.tensor)
         if source is None or len(source.parts) > 1 or source.name in formulas.outputs:
             continue
-        inner = source.parts[0]
+        inner = source.first
         if not inner.inner or not inner.identity or len(readers[source.name]) > 1:
             continue
         if part.size > inner.size or _guarded(part.finish, source.name):
@@ -281,7 +281,7 @@ def _box(load: Load, shape: tuple[int, ...]) -> Box:
 
 def _cut(stage: Stage, boxes: set[Box]) -> tuple[int, list[tuple[int, int]], tuple[int, ...]] | None:
     """(axis, intervals to keep, old shape), where that is less than all, or more than one."""
-    if len(stage.parts) > 1 or not stage.parts[0].identity or not boxes:
+    if len(stage.parts) > 1 or not stage.first.identity or not boxes:
         return None
     for axis, extent in enumerate(stage.shape):
         merged: list[list[int]] = []
@@ -298,7 +298,7 @@ def _cut(stage: Stage, boxes: set[Box]) -> tuple[int, list[tuple[int, int]], tup
 
 def _window(stage: Stage, axis: int, interval: tuple[int, int], name: str) -> Stage:
     """The stage restricted to an interval of one axis."""
-    part = unique(stage.parts[0])
+    part = unique(stage.first)
     var = Var.new(interval[1] - interval[0])
     table = {part.axes[axis]: of(var) + interval[0]}
     axes = tuple(var if at == axis else each for at, each in enumerate(part.axes))

@@ -48,10 +48,15 @@ class Option:
 
 
 class Options:
-    """Finds and remembers options. Equal structures, as in repeated blocks, are looked at once."""
+    """Finds and remembers options. Equal structures, as in repeated blocks, are looked at once.
 
-    def __init__(self, formulas: Formulas, tiles: Sequence[int] = TILES) -> None:
-        self.formulas, self.tiles = formulas, tuple(tiles)
+    Args:
+        tiles: sizes of pieces.
+        thorough: also those that compute costly stages again and again.
+    """
+
+    def __init__(self, formulas: Formulas, tiles: Sequence[int] = TILES, *, thorough: bool = False) -> None:
+        self.formulas, self.tiles, self.thorough = formulas, tuple(tiles), thorough
         self._known: dict[tuple, list[tuple[Shape, dict[int, Mode]]]] = {}
         self._made: dict[tuple[str, frozenset[str]], list[Option]] = {}
         self._keys = {name: _structure(stage, formulas) for name, stage in formulas.stages.items()}
@@ -85,7 +90,7 @@ class Options:
         yield dict.fromkeys(inside, "once")
         if any(each in self.cheap for each in inside):
             yield {each: "again" if each in self.cheap else "once" for each in inside}
-        if any(each not in self.cheap for each in inside):
+        if self.thorough and any(each not in self.cheap for each in inside):
             yield dict.fromkeys(inside, "again")
 
     def refined(self, name: str, option: Option, tiles: Sequence[int]) -> Iterator[Option]:
@@ -121,7 +126,7 @@ class Options:
                 )
                 yield self._build(name, inside, loops, size)
                 continue
-            part = stage.parts[0]
+            part = stage.first
             for axis in each_part[0]:
                 yield self._exactly(name, inside, ((axis, _piece(part, axis, size)),), size)
             for first, last in itertools.permutations(each_part[0], 2):
@@ -168,7 +173,7 @@ class Options:
         stage = self.formulas.stages[name]
         if len(stage.parts) > 1 or not loops[0]:
             return None
-        (axis, tile), part = loops[0][-1], stage.parts[0]
+        (axis, tile), part = loops[0][-1], stage.first
         rest = part.axes[axis].extent % tile
         if not rest:
             return None

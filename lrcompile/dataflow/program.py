@@ -90,8 +90,8 @@ class Kernel:
 class Program:
     """C99 sources of one model with what is known about them.
 
-    ``void model_run(const T *input…, T *output…)`` (parameters: all inputs, then all outputs, in the model's order) is the
-    only function to call. It uses ``unsigned char model_arena[]`` (``arena`` bytes, 16-byte aligned, no other
+    ``void model_run(const T *input…, T *output…)`` (parameters: all inputs, then all outputs, in the model's order) is
+    the only function to call. It uses ``unsigned char model_arena[]`` (``arena`` bytes, 16-byte aligned, no other
     static memory) and reads ``const unsigned char model_weights[]`` (16-byte aligned, in flash).
 
     Args:

@@ -60,7 +60,12 @@ class Search:
 
     def run(self) -> Schedule:
         """The schedule of least work under the limit; without one that fits, the smallest found."""
-        for self.strict in (self.limit is not None, False):
+        states: list[_State] = []
+        rounds = ((True, False), (True, True), (False, True)) if self.limit else ((False, False),)
+        for strict, thorough in rounds:
+            self.strict = strict
+            if thorough != self.options.thorough:
+                self.options = Options(self.formulas, thorough=thorough)
             states = [_State(frozenset(), (), 0, 0.0)]
             for at, name in enumerate(self.order):
                 states = self._kept([new for state in states for new in self._next(state, name, at)])

@@ -73,6 +73,11 @@ class Stage:
     parts: tuple[Part, ...]
 
     @property
+    def first(self) -> Part:
+        """The first part, mostly the only one."""
+        return self.parts[0]
+
+    @property
     def nbytes(self) -> int:
         return prod(self.shape) * ITEMSIZE[self.dtype]
 

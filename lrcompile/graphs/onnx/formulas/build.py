@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,6 +11,7 @@ import onnx_ir as ir
 
 from lrcompile.dataflow.expr import Load
 from lrcompile.dataflow.index import of
+from lrcompile.dataflow.program import ITEMSIZE
 from lrcompile.dataflow.stage import Formulas, Part, Stage, new_axes
 from lrcompile.errors import InvalidInputError, UnsupportedError
 from lrcompile.graphs.onnx.formulas import integer, linear, moving, pointwise, reducing
@@ -84,9 +86,12 @@ def _static(value: ir.Value, given: Sequence[int] | None) -> tuple[int, ...]:
 
 def _dtype(value: ir.Value) -> str:
     try:
-        return value.dtype.numpy().name  # type: ignore[union-attr]
+        name = value.dtype.numpy().name  # type: ignore[union-attr]
     except (TypeError, AttributeError):
-        raise UnsupportedError(f"inputs of type {value.dtype} are not supported", where=value.name or "") from None
+        name = ""
+    if name not in ITEMSIZE:
+        raise UnsupportedError(f"inputs of type {value.dtype} are not supported", where=value.name or "")
+    return name
 
 
 def _constant(builder: Builder, name: str | None, array: np.ndarray) -> None:
@@ -167,10 +172,11 @@ def _evaluate(node: ir.Node, arrays: list[np.ndarray], model: ir.Model) -> list[
     try:
         evaluator = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets))
         with np.errstate(all="ignore"):
-            found = evaluator.run(None, feeds)
+            found: Any = evaluator.run(None, feeds)
     except Exception:  # whatever it cannot do is left to the formulas
         return None
-    return found if all(isinstance(each, np.ndarray) for each in found) else None
+    arrays = [each for each in found or () if isinstance(each, np.ndarray)]
+    return arrays if len(arrays) == len(found or ()) else None
 
 
 # -- operators that the standard defines by others -------------------------------------------------
@@ -181,7 +187,7 @@ def _function(builder: Builder, node: ir.Node) -> onnx.FunctionProto | None:
     if node.domain not in DEFAULT:
         return None
     try:
-        schema = onnx.defs.get_schema(node.op_type, builder.opset, "")
+        schema: Any = onnx.defs.get_schema(node.op_type, builder.opset, "")
     except Exception:
         return None
     if schema.has_function:
@@ -210,7 +216,10 @@ def _function(builder: Builder, node: ir.Node) -> onnx.FunctionProto | None:
 
 def _expand(builder: Builder, node: ir.Node, body: onnx.FunctionProto, model: ir.Model) -> None:
     """Walks the nodes of a definition in place of the node."""
-    function = ir.serde.deserialize_function(body)
+    try:
+        function = ir.serde.deserialize_function(body)
+    except Exception as error:
+        raise builder.refuse(node, "no formula, and the standard's definition cannot be read") from error
     inner = Builder(function.opset_imports.get("", builder.opset))
     inner.formulas = builder.formulas
     for value, tensor in zip(function.inputs, builder.inputs(node), strict=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -13,9 +14,17 @@ from lrcompile.graphs.onnx.formulas.builder import Builder, Index, Shape, broadc
 from lrcompile.graphs.onnx.formulas.moving import inside
 from lrcompile.graphs.onnx.formulas.pointwise import const
 
+Change = Callable[[Expr, list[Sum]], Expr]
+
 
 def matmul(
-    b: Builder, node: ir.Node, value: str | None, x: str, y: str, left: object = None, right: object = None
+    b: Builder,
+    node: ir.Node,
+    value: str | None,
+    x: str,
+    y: str,
+    left: Change | None = None,
+    right: Change | None = None,
 ) -> str:
     """A product under numpy's rule; ``left`` and ``right`` change elements before they are multiplied."""
     one, two = b.shape(x), b.shape(y)
@@ -35,8 +44,8 @@ def matmul(
         first = [*_own(rest, a[:-2]), row, inner[0]][len(a) - len(one) :]
         second = [*_own(rest, c[:-2]), inner[0], column][: len(two)]
         p, q = b.at(x, first), b.at(y, second)
-        p = left(p, first) if callable(left) else p
-        q = right(q, second) if callable(right) else q
+        p = p if left is None else left(p, first)
+        q = q if right is None else right(q, second)
         return call("mul", p, q)
 
     if one[-1] != c[-2]:
@@ -58,7 +67,7 @@ def _matmul(b: Builder, node: ir.Node) -> None:
 def _matmul_integer(b: Builder, node: ir.Node) -> None:
     zeros = (b.given(node, 2), b.given(node, 3))
 
-    def minus(zero: str | None, row: bool) -> object:
+    def minus(zero: str | None, row: bool) -> Change:
         def change(value: Expr, index: list[Sum]) -> Expr:
             wide = cast(value, "int32")
             if zero is None:

@@ -331,6 +331,8 @@ def _depth(b: Builder, node: ir.Node) -> None:
     x = b.need(node, 0)
     n, c, h, w = b.shape(x)
     k = integer(node, "blocksize")
+    if node.op_type == "SpaceToDepth" and text(node, "mode", "DCR") != "DCR":
+        raise b.refuse(node, "the mode CRD has no formula")
     if node.op_type == "SpaceToDepth":
         split, order, shape = (n, c, h // k, k, w // k, k), (0, 3, 5, 1, 2, 4), (n, c * k * k, h // k, w // k)
     elif text(node, "mode", "DCR") == "DCR":

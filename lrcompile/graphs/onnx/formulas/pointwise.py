@@ -70,34 +70,17 @@ def _expm1(x: Expr, factor: float) -> Expr:
     return call("mul", call("sub", call("exp", x), const(1, x)), const(factor, x))
 
 
+LIBM = ("Abs", "Neg", "Exp", "Log", "Sqrt", "Floor", "Ceil", "Erf", "Tanh", "Sin", "Cos", "Tan", "Asin", "Acos")
+LIBM += ("Atan", "Sinh", "Cosh", "Asinh", "Acosh", "Atanh")
+
+
+def _named(name: str) -> Callable[[Expr, ir.Node], Expr]:
+    """The operation of the same name."""
+    return lambda x, node: call(name, x)
+
+
 UNARY: dict[str, Callable[[Expr, ir.Node], Expr]] = {
-    **{
-        name: (lambda x, node, f=name.lower(): call(f, x))
-        for name in (
-            [
-                "Abs",
-                "Neg",
-                "Exp",
-                "Log",
-                "Sqrt",
-                "Floor",
-                "Ceil",
-                "Erf",
-                "Tanh",
-                "Sin",
-                "Cos",
-                "Tan",
-                "Asin",
-                "Acos",
-                "Atan",
-                "Sinh",
-                "Cosh",
-                "Asinh",
-                "Acosh",
-                "Atanh",
-            ]
-        )
-    },
+    **{name: _named(name.lower()) for name in LIBM},
     "Round": lambda x, node: call("rint", x),
     "Not": lambda x, node: call("not", x),
     "BitwiseNot": lambda x, node: call("bitnot", x),
@@ -234,11 +217,9 @@ def _mod(b: Builder, node: ir.Node) -> None:
 
     def formula(i: tuple) -> Expr:
         left, right = b.spread(x, i), b.spread(y, i)
-        if left.dtype.startswith("float"):
-            return call("fmod", left, right)
+        rest = call("fmod" if left.dtype.startswith("float") else "rem", left, right)
         if integer(node, "fmod") or left.dtype.startswith("uint"):
-            return call("rem", left, right)
-        rest = call("rem", left, right)
+            return rest
         wrong = Call("and", (compare("ne", rest, const(0, rest)), _differ(rest, right)), "bool")
         return select(wrong, call("add", rest, right), rest)
 
@@ -282,10 +263,7 @@ def _clip(b: Builder, node: ir.Node) -> None:
 @op("Cast", "CastLike")
 def _cast(b: Builder, node: ir.Node) -> None:
     x = b.need(node, 0)
-    if node.op_type == "CastLike":
-        target = b.dtype(b.need(node, 1))
-    else:
-        target = _numpy(b, node, integer(node, "to"))
+    target = b.dtype(b.need(node, 1)) if node.op_type == "CastLike" else _numpy(b, node, integer(node, "to"))
     b.define(b.output(node), b.shape(x), lambda i: cast(b.at(x, i), target))
 
 

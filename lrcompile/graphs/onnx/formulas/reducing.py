@@ -129,10 +129,7 @@ def _arg(b: Builder, node: ir.Node) -> None:
 def _softmax(b: Builder, node: ir.Node) -> None:
     x = b.need(node, 0)
     old = b.shape(x)
-    if b.opset >= 13:
-        axes = [axis_of(node, len(old), -1)]
-    else:
-        axes = list(range(axis_of(node, len(old), 1), len(old)))
+    axes = [axis_of(node, len(old), -1)] if b.opset >= 13 else list(range(axis_of(node, len(old), 1), len(old)))
     name = b.output(node) or "softmax"
     log = node.op_type == "LogSoftmax"
     top = over(b, None, x, axes, True, "max", hint=f"{name}/max")
