@@ -246,7 +246,7 @@ class Lowering:
             self.pointers[name] = Pointer(symbol, PointerType(PrimType(_storage(dtype)), "global"))
         return self.buffers[name]
 
-    def _index(self, index: Sum, env: Env, node: Node) -> Any:
+    def _index(self, index: Sum, env: Env, node: Node, result: Any = None) -> Any:
         total: Any = None
         for atom, factor in index.terms:
             if isinstance(atom, Var):
@@ -254,9 +254,9 @@ class Lowering:
                 if atom not in env and atom.extent > 1:
                     raise AssertionError(f"{node.name}: {atom} is not bound")
             elif isinstance(atom, Datum):
-                value = tirx.Cast("int32", self._value(atom.value, env, node, None))
+                value = tirx.Cast("int32", self._value(atom.value, env, node, result))
             else:
-                inner = self._index(atom.value, env, node)
+                inner = self._index(atom.value, env, node, result)
                 kind = tirx.FloorDiv if isinstance(atom, Quotient) else tirx.FloorMod
                 if (bounds(atom.value) or (0, 0))[0] >= 0:
                     kind = tirx.Div if isinstance(atom, Quotient) else tirx.Mod
@@ -274,17 +274,17 @@ class Lowering:
             case Result():
                 return result
             case Position():
-                return tirx.Cast(value.dtype, self._index(value.index, env, node))
+                return tirx.Cast(value.dtype, self._index(value.index, env, node, result))
             case Load():
-                return self._load(value, env, node)
+                return self._load(value, env, node, result)
             case Call():
                 return self._call(value, [self._value(arg, env, node, result) for arg in value.args])
 
-    def _load(self, load: Load, env: Env, node: Node) -> Any:
-        found = self.element(load, env, node)
+    def _load(self, load: Load, env: Env, node: Node, result: Any) -> Any:
+        found = self.element(load, env, node, result)
         return tirx.NE(found, tirx.const(0, "uint8")) if load.dtype == "bool" else found
 
-    def element(self, load: Load, env: Env, node: Node) -> Any:
+    def element(self, load: Load, env: Env, node: Node, result: Any = None) -> Any:
         """What a load reads, as it is stored."""
         source = node.sources.get(load.tensor)
         if source is None:
@@ -292,7 +292,7 @@ class Lowering:
         else:
             index, name = flatten(_relative(load.index, source), source.region.extents), source.name
         buffer = self._buffer(name, load.dtype, source)
-        return tirx.BufferLoad(buffer, [self._index(index, env, node)])
+        return tirx.BufferLoad(buffer, [self._index(index, env, node, result)])
 
     def _call(self, value: Call, args: list[Any]) -> Any:
         kind, dtype = value.op, value.args[0].dtype
