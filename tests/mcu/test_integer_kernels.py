@@ -58,10 +58,6 @@ def test_the_device_computes_the_definition_within_its_memory(name: str, tight: 
         np.testing.assert_array_equal(run.outputs["y"], wanted)
 
 
-def test_a_limit_makes_the_arena_smaller():
-    assert program("encoder", 1).arena < program("encoder").arena
-
-
 def test_the_dsp_instructions_are_used_where_they_are(tmp_path: Path):
     """A core without them computes the same in plain C, with more instructions."""
     sample = samples("encoder", 1)[0]
