@@ -161,6 +161,33 @@ def verify(
     shell.verb("verify", lambda _: verbs.verify(a, b, eval, max_drift, metric), json=json, debug=debug)
 
 
+@app.command()
+def deploy(
+    model: Model,
+    to: Annotated[str, typer.Option("--to", help="what to write: c")] = "c",
+    target: Annotated[str, typer.Option("--target", help="cortex-m4, cortex-m7 or cortex-m33")] = "cortex-m7",
+    ram: Annotated[str, typer.Option("--ram", help="RAM of the board, stack, inputs and outputs included")] = "64KB",
+    flash: Annotated[str, typer.Option("--flash", help="flash of the board: code and weights")] = "1MB",
+    stack: Annotated[str | None, typer.Option("--stack", help="bytes of RAM for the stack (2KB)")] = None,
+    external_flash: Annotated[str | None, typer.Option("--external-flash", help="the weights stand there")] = None,
+    output: Annotated[str | None, typer.Option("-o", "--output", help="folder; default: MODEL-firmware")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="quantise to 8 bits; needs --calib")] = False,
+    calib: Calib = None,
+    run: Annotated[str | None, typer.Option("--run", help="samples to run in an emulator, as proof")] = None,
+    shape: Annotated[list[str] | None, typer.Option("--shape", help="static shape of an input: x=1,3,32,32")] = None,
+    max_error: Annotated[float | None, typer.Option("--max-error", help="largest error that --run accepts")] = None,
+    force: Annotated[bool, typer.Option("--force", help="write into a folder that is not empty")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model as C99 for a microcontroller, in a memory that is planned, and prove it by execution."""
+    from lrcompile.cli import deploying
+
+    given = dict(locals())
+    shell.verb("deploy", lambda tell: deploying.deploy(given, tell), json=json, debug=debug, quiet=quiet)
+
+
 @app.command("passes")
 def show_passes(
     name: Annotated[str | None, typer.Argument(help="one pass, with its whole description")] = None,

@@ -151,7 +151,9 @@ class Options:
         for part, each in zip(chosen, loops, strict=True):
             nests.append(Nest(self.formulas, stage, part, inside, each, size))
         scratch = max(Scratch(nest).size for nest in nests)
-        return Option(Shape(inside, tuple(loops), size, chosen), tuple(nests), scratch, sum(nest.work for nest in nests))
+        return Option(
+            Shape(inside, tuple(loops), size, chosen), tuple(nests), scratch, sum(nest.work for nest in nests)
+        )
 
     def _again(self, name: str, shape: Shape) -> Option:
         """An option for a stage that was found for another one of the same structure."""
@@ -261,9 +263,18 @@ def _structure(stage: Stage, formulas: Formulas) -> tuple[tuple, tuple[str, ...]
     numbering = _Numbering(formulas)
     rows = []
     for part in stage.parts:
-        axes = tuple((numbering.vars.setdefault(var, len(numbering.vars)), var.extent) for var in (*part.axes, *part.inner))
+        axes = tuple(
+            (numbering.vars.setdefault(var, len(numbering.vars)), var.extent) for var in (*part.axes, *part.inner)
+        )
         body = None if part.body is None else numbering.value(part.body)
-        rows.append((axes, len(part.axes), tuple(map(numbering.index, part.store)), part.combine, body, numbering.value(part.finish)))
+        rows.append(
+            (
+                axes,
+                len(part.axes),
+                tuple(map(numbering.index, part.store)),
+                part.combine,
+                body,
+                numbering.value(part.finish),
+            )
+        )
     return (stage.shape, stage.dtype, tuple(rows)), tuple(numbering.tensors)
-
-

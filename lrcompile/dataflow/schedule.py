@@ -105,6 +105,18 @@ class Schedule:
         return bound(list(self.requests.values()))
 
     @property
+    def peak(self) -> tuple[str, list[tuple[str, int]]]:
+        """The nest during which most bytes are alive, and what they are, the largest first."""
+        best: tuple[int, int] = (-1, 0)
+        for at in range(len(self.nests)):
+            live = sum(each.size for each in self.requests.values() if each.first <= at <= each.last)
+            best = max(best, (live, -at))
+        at = -best[1]
+        found = [(name, each.size) for name, each in self.requests.items() if each.first <= at <= each.last]
+        nodes = self.nests[at].root.part.nodes if self.nests else ()
+        return ", ".join(nodes[-2:]), sorted(found, key=lambda item: -item[1])
+
+    @property
     def scratch(self) -> int:
         """Bytes that pieces take on the stack, at most."""
         return max((piece.stack for piece in self.pieces), default=0)

@@ -200,5 +200,3 @@ def _size(stage: Stage) -> int:
 def schedule(formulas: Formulas, limit: int | None = None) -> Schedule:
     """The best schedule under a limit of bytes of RAM for arena and pieces."""
     return Search(formulas, limit).run()
-
-
