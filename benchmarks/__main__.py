@@ -1,11 +1,11 @@
-"""``python -m benchmarks [minilm] [startup]``: runs measurements and writes ``benchmarks/results/NAME.md``."""
+"""``python -m benchmarks [minilm] [startup] [mcu]``: runs measurements and writes ``benchmarks/results/NAME.md``."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-NAMES = ("startup", "minilm")
+NAMES = ("startup", "minilm", "mcu")
 
 
 def main() -> None:
