@@ -21,7 +21,7 @@ from lrcompile.dataflow.stage import Formulas
 from lrcompile.graphs.onnx.formulas.build import build as formulas_of
 from lrcompile.graphs.onnx.quantise import integer_model
 from tests.mcu.test_qemu import needs_qemu
-from tests.mcu.test_quantise import NETS, quantised, samples
+from tests.mcu.test_quantise import quantised, samples
 
 MEMORY = Memory(ram=64 << 10, flash=256 << 10, stack=4096)
 
