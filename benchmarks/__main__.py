@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("startup", "minilm", "conformance")
+NAMES = ("startup", "minilm", "conformance", "mcu")
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from math import prod
 
 import numpy as np
 
+from lrcompile.backends.c import integer
 from lrcompile.backends.c.codegen import HELPERS, HELPERS_WIDE, functions
 from lrcompile.backends.c.lower import Lowered, Lowering
 from lrcompile.backends.c.toolchain import C_TYPES, include_binary
@@ -154,6 +155,7 @@ class _Emitter:
         lines += ["#include <stdint.h>", "", f"extern const unsigned char {WEIGHTS}[];", ""]
         lines += [HELPERS] if "lrc_f32(" in kernels else []
         lines += [HELPERS_WIDE] if "lrc_f64(" in kernels else []
+        lines += integer.helpers(kernels)
         if self.schedule.arena:
             lines += ["#if defined(__GNUC__)", "__attribute__((aligned(16)))", "#endif"]
             lines += [f"unsigned char {ARENA}[{self.schedule.arena}];", ""]

@@ -15,7 +15,7 @@ from lrcompile.backends.c.toolchain import zig
 from lrcompile.dataflow.program import ENTRY, Port, Program
 from lrcompile.errors import InvalidInputError, ResourceError
 
-FLAGS = ("-std=c99", "-Wall", "-Wextra", "-Werror", "-O2", "-fPIC", "-shared", "-ffp-contract=off")
+FLAGS = ("-std=c99", "-Wall", "-Wextra", "-Werror", "-O1", "-fPIC", "-shared", "-ffp-contract=off")
 
 
 def shared_library(sources: Sequence[Path], folder: Path, *, remove: bool = False) -> ctypes.CDLL:

@@ -14,7 +14,9 @@ from tvm import tirx
 from tvm.ir import PointerType, PrimType
 from tvm.ir import Var as Pointer
 
+from lrcompile.backends.c import integer
 from lrcompile.dataflow.blocking import UNROLL, blocks
+from lrcompile.dataflow.dot import WIDTH, Dot, dot
 from lrcompile.dataflow.expr import Call, Const, Datum, Expr, Load, Position, Result
 from lrcompile.dataflow.index import Quotient, Sum, Var, bounds, flatten
 from lrcompile.dataflow.nest import Loop, Nest, Node
@@ -166,6 +168,9 @@ class Lowering:
 
         if not last:
             return _seq(update({}))
+        found = dot(part)
+        if found is not None:
+            return self._dot(node, found, total, points, update)
         extent, width = last[0].extent, max(1, min(UNROLL, 64 // len(points)))
         turn: Any = tirx.Var(f"k{next(self._count)}", "int32")
         whole, rest = divmod(extent, width)
@@ -174,6 +179,24 @@ class Lowering:
             steps = [stmt for at in range(width) for stmt in update({last[0]: turn * width + at})]
             stmts.append(_for(turn, whole, _seq(steps)))
         stmts += [stmt for at in range(rest) for stmt in update({last[0]: _int(whole * width + at)})]
+        return _seq(stmts)
+
+    def _dot(self, node: Node, found: Dot, total: Any, points: list[Env], update: Any) -> Any:
+        """The innermost loop over bytes, four at a time; the rest one by one."""
+        extent = found.var.extent
+        width = integer.steps(extent, len(points))
+        turn = tirx.Var(f"k{next(self._count)}", "int32")
+        made = [
+            stmt
+            for at in range(0, width, WIDTH)
+            for stmt in integer.updates(self, node, found, total, points, turn * width + at)
+        ]
+        stmts = [_for(turn, extent // width, _seq(made))]
+        done = extent // width * width
+        for at in range(done, extent - WIDTH + 1, WIDTH):
+            stmts += integer.updates(self, node, found, total, points, _int(at))
+        done += (extent - done) // WIDTH * WIDTH
+        stmts += [stmt for at in range(done, extent) for stmt in update({found.var: _int(at)})]
         return _seq(stmts)
 
     def _combine(self, part: Part, old: Any, new: Any) -> Any:
@@ -185,7 +208,7 @@ class Lowering:
             return KINDS[part.combine](old, new)
         if dtype.startswith("float"):
             return _libm(part.combine, dtype, [old, new])
-        return (tirx.Max if part.combine == "max" else tirx.Min)(old, new)
+        return integer.extreme(part.combine, dtype, old, new)
 
     def _loops(self, variables: list[Var], env: Env) -> tuple[dict[Var, Any], list[tuple[Any, int]]]:
         made = dict(env)
@@ -220,7 +243,7 @@ class Lowering:
             self.pointers[name] = Pointer(symbol, PointerType(PrimType(_storage(dtype)), "global"))
         return self.buffers[name]
 
-    def _index(self, index: Sum, env: Env, node: Node) -> Any:
+    def _index(self, index: Sum, env: Env, node: Node, result: Any = None) -> Any:
         total: Any = None
         for atom, factor in index.terms:
             if isinstance(atom, Var):
@@ -228,9 +251,9 @@ class Lowering:
                 if atom not in env and atom.extent > 1:
                     raise AssertionError(f"{node.name}: {atom} is not bound")
             elif isinstance(atom, Datum):
-                value = tirx.Cast("int32", self._value(atom.value, env, node, None))
+                value = tirx.Cast("int32", self._value(atom.value, env, node, result))
             else:
-                inner = self._index(atom.value, env, node)
+                inner = self._index(atom.value, env, node, result)
                 kind = tirx.FloorDiv if isinstance(atom, Quotient) else tirx.FloorMod
                 if (bounds(atom.value) or (0, 0))[0] >= 0:
                     kind = tirx.Div if isinstance(atom, Quotient) else tirx.Mod
@@ -248,21 +271,25 @@ class Lowering:
             case Result():
                 return result
             case Position():
-                return tirx.Cast(value.dtype, self._index(value.index, env, node))
+                return tirx.Cast(value.dtype, self._index(value.index, env, node, result))
             case Load():
-                return self._load(value, env, node)
+                return self._load(value, env, node, result)
             case Call():
                 return self._call(value, [self._value(arg, env, node, result) for arg in value.args])
 
-    def _load(self, load: Load, env: Env, node: Node) -> Any:
+    def _load(self, load: Load, env: Env, node: Node, result: Any) -> Any:
+        found = self.element(load, env, node, result)
+        return tirx.NE(found, tirx.const(0, "uint8")) if load.dtype == "bool" else found
+
+    def element(self, load: Load, env: Env, node: Node, result: Any = None) -> Any:
+        """What a load reads, as it is stored."""
         source = node.sources.get(load.tensor)
         if source is None:
             index, name = flatten(load.index, self.shapes.shape(load.tensor)), load.tensor
         else:
             index, name = flatten(_relative(load.index, source), source.region.extents), source.name
         buffer = self._buffer(name, load.dtype, source)
-        found = tirx.BufferLoad(buffer, [self._index(index, env, node)])
-        return tirx.NE(found, tirx.const(0, "uint8")) if load.dtype == "bool" else found
+        return tirx.BufferLoad(buffer, [self._index(index, env, node, result)])
 
     def _call(self, value: Call, args: list[Any]) -> Any:
         kind, dtype = value.op, value.args[0].dtype
@@ -286,6 +313,10 @@ class Lowering:
                 return tirx.const(-0.0 if floating else 0, dtype) - args[0] if not floating else args[0] * -1.0
             case "bitnot":
                 return tirx.bitwise_not(args[0])
+            case "isqrt":
+                return integer.isqrt(args[0])
+            case "scale":
+                return tirx.call_pure_extern("int32", "lrc_scale", *args)
             case "isnan":
                 return tirx.NE(args[0], args[0])
             case "rem":
@@ -293,7 +324,7 @@ class Lowering:
             case "div":
                 return tirx.Div(*args)
             case "max" | "min" if not floating:
-                return (tirx.Max if kind == "max" else tirx.Min)(*args)
+                return integer.extreme(kind, dtype, *args)
             case "abs" if not floating:
                 return args[0] if dtype.startswith("u") else tirx.Max(args[0], tirx.const(0, dtype) - args[0])
         if kind in LIBM and floating:

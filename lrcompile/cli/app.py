@@ -171,6 +171,10 @@ def deploy(
     stack: Annotated[str | None, typer.Option("--stack", help="bytes of RAM for the stack (2KB)")] = None,
     external_flash: Annotated[str | None, typer.Option("--external-flash", help="the weights stand there")] = None,
     output: Annotated[str | None, typer.Option("-o", "--output", help="folder; default: MODEL-firmware")] = None,
+    keep: Annotated[
+        float | None, typer.Option("--keep", help="compress first: share of the weights that stays")
+    ] = None,
+    max_drift: Annotated[float | None, typer.Option("--max-drift", help="gate of --keep")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="quantise to 8 bits; needs --calib")] = False,
     calib: Calib = None,
     run: Annotated[str | None, typer.Option("--run", help="samples to run in an emulator, as proof")] = None,

@@ -46,6 +46,8 @@ def _deploy(given: dict[str, Any], path: Path, out: Path, target: Any, memory: A
 
     model = read(path)
     specs = OnnxGraph(model).input_specs
+    if given["keep"] is not None:
+        model = _compressed(path, given, tell)
     if given["int8"]:
         from lrcompile.graphs.onnx.quantise import quantise
 
@@ -66,6 +68,18 @@ def _deploy(given: dict[str, Any], path: Path, out: Path, target: Any, memory: A
     )
     fields = _fields(made, target, memory, out)
     return Answer(fields, lambda: _show(fields, made, out))
+
+
+def _compressed(path: Path, given: dict[str, Any], tell: Progress) -> Any:
+    """The model with low-rank weights, under the gate that ``optimize`` has."""
+    from lrcompile.api import optimize
+    from lrcompile.budget import Budget
+    from lrcompile.options import Options
+
+    if given["calib"] is None:
+        raise UsageError("compression needs calibration samples", where="--keep", hint="give --calib samples.npz")
+    options = Options(max_drift=given["max_drift"], latency=False)
+    return optimize(path, Budget(keep=given["keep"]), calibration=given["calib"], options=options, tell=tell).model
 
 
 def _samples(source: str, specs: Any) -> Iterable[Any]:

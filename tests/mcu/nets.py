@@ -13,7 +13,7 @@ from torch.nn import functional as F
 class Encoder(nn.Module):
     """A transformer block over tokens, with a class token, positions and a written-out attention."""
 
-    def __init__(self, d: int = 24, heads: int = 3, tokens: int = 7, inner: int = 40) -> None:
+    def __init__(self, d: int = 24, heads: int = 2, tokens: int = 7, inner: int = 32) -> None:
         super().__init__()
         self.heads = heads
         self.cls, self.pos = nn.Parameter(torch.randn(1, 1, d)), nn.Parameter(torch.randn(1, tokens + 1, d))

@@ -45,8 +45,8 @@ def shifted(value: Expr, shift: int) -> Expr:
 
 def scaled(total: Expr, multiplier: Expr, node: ir.Node) -> Expr:
     """What :func:`lrcompile.fixedpoint.requantise` computes."""
-    product = call("add", call("mul", wide(total), wide(multiplier)), whole(integer(node, "offset"), 64))
-    return code(cast(shifted(product, integer(node, "shift")), "int32"))
+    constants = whole(integer(node, "offset"), 64), whole(integer(node, "shift"))
+    return code(call("scale", total, multiplier, *constants, dtype="int32"))
 
 
 def _lookup(table: str, value: Expr, dtype: str, base: int = -LOW) -> Expr:
@@ -229,8 +229,8 @@ def _layer_norm(b: Builder, node: ir.Node) -> None:
         centred = call("sub", call("mul", cast(b.at(x, i), "int32"), whole(count)), b.at(total, reduced(i)))
         normal = shifted(call("mul", wide(centred), wide(b.at(reciprocal, reduced(i)))), 30 - NORM_BITS)
         normal = cast(normal, "int32")
-        product = call("add", call("mul", wide(normal), wide(b.at(gain, [i[-1]]))), b.at(offset, [i[-1]]))
-        return code(cast(shifted(product, integer(node, "shift")), "int32"))
+        shift = whole(integer(node, "shift"))
+        return code(call("scale", normal, b.at(gain, [i[-1]]), b.at(offset, [i[-1]]), shift, dtype="int32"))
 
     b.define(b.output(node), b.shape(x), formula)
 

@@ -1,0 +1,132 @@
+"""Integer kernels in C: the DSP instructions where the core has them, the same in plain C where it has not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tvm import tirx
+
+from lrcompile.dataflow.dot import WIDTH, Dot, Factor
+
+if TYPE_CHECKING:
+    from lrcompile.backends.c.lower import Env, Lowering
+    from lrcompile.dataflow.nest import Node
+
+ISQRT = """static inline int64_t lrc_isqrt(int64_t value)
+{
+    uint64_t rest = (uint64_t)value, root = 0, bit = (uint64_t)1 << 62;
+    while (bit > rest) {
+        bit >>= 2;
+    }
+    for (; bit; bit >>= 2) {
+        if (rest >= root + bit) {
+            rest -= root + bit;
+            root = (root >> 1) + bit;
+        } else {
+            root >>= 1;
+        }
+    }
+    return (int64_t)root;
+}
+"""
+SCALE = """static inline int32_t lrc_scale(int32_t value, int32_t multiplier, int64_t offset, int32_t shift)
+{
+    return (int32_t)(((int64_t)value * multiplier + offset) >> shift);
+}
+"""
+EXTREMES = """static inline int32_t lrc_max(int32_t a, int32_t b)
+{
+    return a > b ? a : b;
+}
+static inline int32_t lrc_min(int32_t a, int32_t b)
+{
+    return a < b ? a : b;
+}
+"""
+DOT = """#if defined(__ARM_FEATURE_DSP) && __ARM_FEATURE_DSP
+#include <arm_acle.h>
+static inline uint32_t lrc_even(uint32_t bytes, uint32_t zero)
+{
+    return (uint32_t)(zero ? __sxtab16((int16x2_t)zero, (int8x4_t)bytes) : __sxtb16((int8x4_t)bytes));
+}
+static inline int32_t lrc_smlad(uint32_t a, uint32_t b, int32_t total)
+{
+    return __smlad((int16x2_t)a, (int16x2_t)b, total);
+}
+#else
+static inline uint32_t lrc_even(uint32_t bytes, uint32_t zero)
+{
+    uint32_t low = (uint32_t)(int32_t)(int8_t)(bytes & 0xFFu) + (zero & 0xFFFFu);
+    uint32_t high = (uint32_t)(int32_t)(int8_t)(bytes >> 16 & 0xFFu) + (zero >> 16);
+    return (low & 0xFFFFu) | high << 16;
+}
+static inline int32_t lrc_smlad(uint32_t a, uint32_t b, int32_t total)
+{
+    int32_t low = (int16_t)(a & 0xFFFFu) * (int16_t)(b & 0xFFFFu);
+    return total + low + (int16_t)(a >> 16) * (int16_t)(b >> 16);
+}
+#endif
+static inline uint32_t lrc_load4(const int8_t *bytes)
+{
+    uint32_t word;
+    __builtin_memcpy(&word, bytes, 4);
+    return word;
+}
+static inline uint32_t lrc_odd(uint32_t bytes, uint32_t zero)
+{
+    return lrc_even(bytes >> 8 | bytes << 24, zero);
+}
+"""
+HELPERS = {("lrc_isqrt(",): ISQRT, ("lrc_smlad(",): DOT, ("lrc_scale(",): SCALE, ("lrc_max(", "lrc_min("): EXTREMES}
+"""What a text calls → the C that it needs."""
+
+
+def isqrt(value: Any) -> Any:
+    """The floor of a square root."""
+    return tirx.call_pure_extern("int64", "lrc_isqrt", value)
+
+
+def extreme(name: str, dtype: str, a: Any, b: Any) -> Any:
+    """The larger or smaller of two integers.
+
+    Never TVM's own node: its C names the operands once in a scope, and takes the old ones after a store.
+    """
+    if dtype in ("int8", "uint8", "int16", "uint16", "int32"):
+        found = tirx.call_pure_extern("int32", f"lrc_{name}", *(tirx.Cast("int32", each) for each in (a, b)))
+        return found if dtype == "int32" else tirx.Cast(dtype, found)
+    return tirx.Select(tirx.GT(a, b) if name == "max" else tirx.LT(a, b), a, b)
+
+
+def helpers(text: str) -> list[str]:
+    """The C that a text needs in front of it."""
+    return [helper for names, helper in HELPERS.items() if any(name in text for name in names)]
+
+
+def updates(lowering: Lowering, node: Node, found: Dot, total: Any, points: list[Env], first: Any) -> list[Any]:
+    """Adds the products of four bytes to each of the totals."""
+    made = []
+    for at, point in enumerate(points):
+        env = dict(point) | {found.var: first}
+        left, right = (_pairs(lowering, node, factor, env) for factor in (found.left, found.right))
+        for one, other in zip(left, right, strict=True):
+            value = tirx.call_pure_extern("int32", "lrc_smlad", one, other, tirx.BufferLoad(total, [_int(at)]))
+            made.append(tirx.BufferStore(total, value, [_int(at)]))
+    return made
+
+
+def _pairs(lowering: Lowering, node: Node, factor: Factor, env: Env) -> tuple[Any, Any]:
+    """Bytes 0 and 2, and bytes 1 and 3, as pairs of 16 bits, less the zero."""
+    pointer = tirx.address_of(lowering.element(factor.load, env, node))
+    word = tirx.call_pure_extern("uint32", "lrc_load4", pointer)
+    half = -factor.zero & 0xFFFF
+    zero = tirx.const(half << 16 | half, "uint32")
+    return tuple(tirx.call_pure_extern("uint32", name, word, zero) for name in ("lrc_even", "lrc_odd"))  # type: ignore[return-value]
+
+
+def steps(extent: int, count: int) -> int:
+    """Bytes of one turn of the innermost loop: as many words as do not swell the code."""
+    return WIDTH * (2 if extent >= 2 * WIDTH and count <= 4 else 1)
+
+
+def _int(value: int) -> Any:
+    return tirx.const(int(value), "int32")
