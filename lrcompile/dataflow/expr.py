@@ -10,7 +10,19 @@ from lrcompile.dataflow.index import Quotient, Remainder, Sum, Var, substitute
 
 INEXPENSIVE = {"add", "sub", "mul", "neg", "abs", "min", "max", "cast", "select", "guard", "not", "and", "or", "xor"}
 INEXPENSIVE |= {"eq", "lt", "le", "gt", "ge", "ne", "shl", "shr", "bitand", "bitor", "bitxor", "bitnot"}
-COSTS = {"scale": 5, "isqrt": 200, "exp": 25, "log": 30, "erf": 40, "tanh": 40, "pow": 80, "div": 4, "sqrt": 4, "sin": 40, "cos": 40}
+COSTS = {
+    "scale": 5,
+    "isqrt": 200,
+    "exp": 25,
+    "log": 30,
+    "erf": 40,
+    "tanh": 40,
+    "pow": 80,
+    "div": 4,
+    "sqrt": 4,
+    "sin": 40,
+    "cos": 40,
+}
 """Instructions of one evaluation, roughly; everything else that is not inexpensive counts ten."""
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 ALIGN = 16
+SEARCHED = 64  # with more buffers a search of orders would only begin
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def exact(requests: Sequence[Request], *, effort: int = 20_000) -> Layout:
             return best
         other = _layout(requests, _place(requests, sorted(range(len(requests)), key=lambda at: key(requests[at]))))
         best = other if other.size < best.size else best
-    return best if best.optimal else _Search(requests, best, effort).run()
+    return best if best.optimal or len(requests) > SEARCHED else _Search(requests, best, effort).run()
 
 
 def _by_length(each: Request) -> tuple[int, ...]:
