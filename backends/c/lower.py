@@ -318,7 +318,7 @@ class Lowering:
             case "scale":
                 return tirx.call_pure_extern("int32", "lrc_scale", *args)
             case "isnan":
-                return tirx.NE(args[0], args[0])
+                return tirx.NE(tirx.call_pure_extern("int32", "isnan", args[0]), _int(0))  # x != x would be simplified
             case "rem":
                 return tirx.Mod(*args)
             case "div":

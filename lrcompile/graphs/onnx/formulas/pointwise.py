@@ -234,6 +234,8 @@ def _differ(a: Expr, b: Expr) -> Expr:
 @op("BitShift")
 def _shift(b: Builder, node: ir.Node) -> None:
     x, y = b.need(node, 0), b.need(node, 1)
+    if not b.dtype(x).startswith("uint"):
+        raise b.refuse(node, f"a shift of {b.dtype(x)} has no meaning in C99 for every distance")
     name = "shl" if text(node, "direction") == "LEFT" else "shr"
     shape = broadcast(b.shape(x), b.shape(y))
     b.define(b.output(node), shape, lambda i: Call(name, (b.spread(x, i), b.spread(y, i)), b.dtype(x)))
