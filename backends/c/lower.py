@@ -185,16 +185,17 @@ class Lowering:
         """The innermost loop over bytes, four at a time; the rest one by one."""
         extent = found.var.extent
         width = integer.steps(extent, len(points))
-        turn = tirx.Var(f"k{next(self._count)}", "int32")
+        owner: Any = self
+        turn: Any = tirx.Var(f"k{next(self._count)}", "int32")
         made = [
             stmt
             for at in range(0, width, WIDTH)
-            for stmt in integer.updates(self, node, found, total, points, turn * width + at)
+            for stmt in integer.updates(owner, node, found, total, points, turn * width + at)
         ]
         stmts = [_for(turn, extent // width, _seq(made))]
         done = extent // width * width
         for at in range(done, extent - WIDTH + 1, WIDTH):
-            stmts += integer.updates(self, node, found, total, points, _int(at))
+            stmts += integer.updates(owner, node, found, total, points, _int(at))
         done += (extent - done) // WIDTH * WIDTH
         stmts += [stmt for at in range(done, extent) for stmt in update({found.var: _int(at)})]
         return _seq(stmts)
