@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tvm import tirx
 
 from lrcompile.dataflow.dot import WIDTH, Dot, Factor
+from lrcompile.dataflow.expr import Load
 
 if TYPE_CHECKING:
-    from lrcompile.backends.c.lower import Env, Lowering
+    from lrcompile.dataflow.index import Var
     from lrcompile.dataflow.nest import Node
 
 ISQRT = """static inline int64_t lrc_isqrt(int64_t value)
@@ -73,6 +74,14 @@ HELPERS = {"lrc_isqrt(": ISQRT, "lrc_smlad(": DOT, "lrc_scale(": SCALE}
 """What a text calls → the C that it needs."""
 
 
+class Elements(Protocol):
+    """What the kernel that is being written offers."""
+
+    def element(self, load: Load, env: dict[Var, Any], node: Node) -> Any:
+        """What a load reads, as it is stored."""
+        ...
+
+
 def isqrt(value: Any) -> Any:
     """The floor of a square root."""
     return tirx.call_pure_extern("int64", "lrc_isqrt", value)
@@ -89,12 +98,12 @@ def helpers(text: str) -> list[str]:
 
 
 def loop(
-    lowering: Lowering,
+    lowering: Elements,
     node: Node,
     found: Dot,
     total: Any,
-    points: list[Env],
-    update: Callable[[Env], list[Any]],
+    points: list[dict[Var, Any]],
+    update: Callable[[dict[Var, Any]], list[Any]],
     turn: Any,
 ) -> list[Any]:
     """The innermost loop over bytes, four at a time; what is left over one by one, by ``update``."""
@@ -110,7 +119,9 @@ def loop(
     return made + [stmt for at in range(done, extent) for stmt in update({found.var: _int(at)})]
 
 
-def updates(lowering: Lowering, node: Node, found: Dot, total: Any, points: list[Env], first: Any) -> list[Any]:
+def updates(
+    lowering: Elements, node: Node, found: Dot, total: Any, points: list[dict[Var, Any]], first: Any
+) -> list[Any]:
     """Adds the products of four bytes to each of the totals."""
     made = []
     for at, point in enumerate(points):
@@ -122,7 +133,7 @@ def updates(lowering: Lowering, node: Node, found: Dot, total: Any, points: list
     return made
 
 
-def _pairs(lowering: Lowering, node: Node, factor: Factor, env: Env) -> tuple[Any, Any]:
+def _pairs(lowering: Elements, node: Node, factor: Factor, env: dict[Var, Any]) -> tuple[Any, Any]:
     """Bytes 0 and 2, and bytes 1 and 3, as pairs of 16 bits, less the zero."""
     pointer = tirx.address_of(lowering.element(factor.load, env, node))
     word = tirx.call_pure_extern("uint32", "lrc_load4", pointer)
