@@ -1,0 +1,279 @@
+"""Finding the linear sites of a flat graph: the largest constant-linear expressions, and who else reads their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lrcompile.graphs.fx.constants import Constants
+from lrcompile.graphs.fx.match import Call, aten, call_of
+from lrcompile.graphs.structured import place
+from lrcompile.linop import BlockSparse, Dense, LinearOperator, Product, Scaled, Stack, Sum
+from lrcompile.sites import Window
+
+VIEWS = frozenset({
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.contiguous.default,
+    aten.alias.default, aten.detach.default, aten.flatten.using_ints, aten.unsqueeze.default, aten.view_as.default,
+})  # fmt: skip
+"""Operations that only look at a value in another shape."""
+
+
+@dataclass(eq=False)
+class Piece:
+    """A constant-linear expression that ends at a node.
+
+    Attributes:
+        nodes: of the graph that it stands for, the last of them being its end.
+        weights: constant nodes of its leaves; ``biases`` those of its bias.
+        tentative: only of use inside a larger expression.
+    """
+
+    node: fx.Node
+    operator: LinearOperator
+    input: fx.Node
+    bias: Tensor | None = None
+    window: Window | None = None
+    convolution: bool = False
+    nodes: tuple[fx.Node, ...] = ()
+    weights: tuple[fx.Node, ...] = ()
+    biases: tuple[fx.Node, ...] = ()
+    tentative: bool = False
+    frozen: str = ""
+
+
+@dataclass(eq=False)
+class Raiser:
+    """Raises the nodes of a graph, in its order.
+
+    Args:
+        ours: whether a constant node is a factor that an earlier rewrite left, see :meth:`_stacked`.
+    """
+
+    constants: Constants
+    pieces: dict[fx.Node, Piece] = field(default_factory=dict)
+    _leaves: dict[Hashable, Dense] = field(default_factory=dict)
+
+    def pieces_of(self, graph: fx.Graph) -> list[Piece]:
+        """Every largest expression, in the order of the nodes where they end."""
+        for node in graph.nodes:
+            if node not in self.constants:
+                piece = self._called(node) or self._combined(node)
+                if piece is not None:
+                    self.pieces[node] = piece
+        inner = {node for piece in self.pieces.values() if not piece.tentative for node in piece.nodes[:-1]}
+        return [piece for node, piece in self.pieces.items() if node not in inner and not piece.tentative]
+
+    # -- leaves ----------------------------------------------------------------------------
+
+    def _called(self, node: fx.Node) -> Piece | None:
+        call = call_of(node)
+        if call is None or not isinstance(call.input, fx.Node) or call.input in self.constants:
+            return None
+        source, weight = self._weight(call)
+        if weight is None or not weight.is_floating_point() or not _axes(call, weight):
+            return None
+        bias = self.constants.tensor(call.bias)
+        if (call.bias is not None and bias is None) or (bias is not None and bias.numel() != _outputs(call, weight)):
+            return None
+        leaf = self._leaf(call, weight)
+        window = call.geometry.window(weight.shape[2:]) if call.geometry is not None else None
+        if leaf is None or (call.geometry is not None and window is None):
+            return None
+        frozen = _frozen(call, bias, leaf)
+        piece = Piece(
+            node, leaf, call.input, None if bias is None else bias.reshape(-1), window, call.geometry is not None,
+            self._own(call, source), (source,), () if bias is None else (call.bias,), frozen=frozen,
+        )  # fmt: skip
+        return self._after(piece)
+
+    def _weight(self, call: Call) -> tuple[Any, Tensor | None]:
+        """The constant node behind the operand, and its matrix or kernel; the same matrix for a whole batch is one."""
+        node = call.weight
+        if call.kind != "Batched":
+            return node, self.constants.tensor(node)
+        spread = isinstance(node, fx.Node) and node.target is aten.expand.default
+        source: Any = node.args[0] if spread else node
+        value = self.constants.tensor(source)
+        if value is None or value.ndim not in ((2, 3) if spread else (3,)) or (value.ndim == 3 and len(value) != 1):
+            return node, None
+        return source, value if value.ndim == 2 else value[0]
+
+    def _own(self, call: Call, source: Any) -> tuple[fx.Node, ...]:
+        """The node, and one that only spreads its weight over a batch."""
+        alone = call.weight is not source and len(call.weight.users) == 1
+        return (call.weight, call.node) if alone else (call.node,)
+
+    def _leaf(self, call: Call, weight: Tensor) -> LinearOperator | None:
+        """The stored matrix (out, in); one object for all that read the same elements."""
+        groups = getattr(call.geometry, "groups", 1)
+        if groups != 1:
+            if call.geometry is None or call.geometry.transposed or len(weight) % groups:
+                return None
+            at = torch.arange(groups)
+            return BlockSparse(weight.detach().reshape(groups, len(weight) // groups, -1), at, at, (groups, groups))
+        matrix = weight.flatten(1) if call.kind == "Conv" else weight if call.kind == "Linear" else weight.mT
+        key = place(matrix) if matrix.untyped_storage()._cdata == weight.untyped_storage()._cdata else id(call.node)
+        return self._leaves.setdefault(key, Dense(matrix.detach()))
+
+    def _after(self, piece: Piece) -> Piece:
+        """The piece and what stands right before it, where that is linear too and nobody else reads it."""
+        before = self.pieces.get(piece.input)
+        if before is None or before.bias is not None or len(before.node.users) != 1 or before.frozen or piece.frozen:
+            return piece
+        window = piece.window
+        if before.convolution != piece.convolution or before.tentative or (
+            window is not None and (not window.pointwise or window.strided)
+        ):
+            return piece
+        return Piece(
+            piece.node, Product(piece.operator, before.operator), before.input, piece.bias, before.window,
+            piece.convolution, (*before.nodes, *piece.nodes), (*before.weights, *piece.weights), piece.biases,
+        )  # fmt: skip
+
+    # -- combinations ----------------------------------------------------------------------
+
+    def _combined(self, node: fx.Node) -> Piece | None:
+        if node.op != "call_function":
+            return None
+        match node.target:
+            case aten.add.Tensor | aten.add_.Tensor:
+                return None if node.kwargs or len(node.args) != 2 else self._sum(node) or self._biased(node)
+            case aten.mul.Tensor:
+                return self._scaled(node)
+            case aten.cat.default:
+                return self._stacked(node)
+            case aten.movedim.int:
+                return self._moved(node)
+        return None
+
+    def _parts(self, operands: Any) -> list[Piece]:
+        """The pieces of operands that nobody else reads, all of one input; empty where they are not."""
+        found = [self.pieces.get(operand) for operand in operands]
+        first = found[0] if found else None
+        for each in found:
+            if each is None or first is None or len(each.node.users) != 1 or each.frozen:
+                return []
+            if (each.input, each.window, each.convolution) != (first.input, first.window, first.convolution):
+                return []
+        return [each for each in found if each is not None] if len(set(operands)) == len(operands) else []
+
+    def _sum(self, node: fx.Node) -> Piece | None:
+        parts = self._parts(node.args) if node.target is aten.add.Tensor else []
+        if not parts or len({each.operator.shape for each in parts}) > 1:
+            return None
+        biases = [each.bias for each in parts if each.bias is not None]
+        return _joined(node, parts, Sum(tuple(each.operator for each in parts)), sum(biases[1:], biases[0]) if biases else None)
+
+    def _biased(self, node: fx.Node) -> Piece | None:
+        """``x @ W + b``, in either order."""
+        for first, second in (node.args, node.args[::-1]):
+            piece, bias = self.pieces.get(first), self.constants.tensor(second)  # type: ignore[arg-type]
+            if piece is None or bias is None or piece.bias is not None or piece.convolution or piece.frozen:
+                continue
+            if len(piece.node.users) == 1 and tuple(bias.shape) == (piece.operator.shape[0],):
+                assert isinstance(second, fx.Node)
+                return Piece(
+                    node, piece.operator, piece.input, bias, piece.window, False, (*piece.nodes, node), piece.weights,
+                    (second,), tentative=piece.tentative,
+                )  # fmt: skip
+        return None
+
+    def _scaled(self, node: fx.Node) -> Piece | None:
+        """A scale belongs to a site as part of a sum only: alone it is the model's own business."""
+        first, second = node.args[:2]
+        piece = self.pieces.get(first)  # type: ignore[arg-type]
+        if piece is None or piece.bias is not None or len(piece.node.users) != 1 or piece.frozen:
+            return None
+        scale = self.constants.tensor(second)
+        if isinstance(second, int | float):
+            scale = torch.tensor(float(second), dtype=torch.float32)
+        if scale is None or scale.numel() != 1 or scale.ndim:
+            return None
+        more = (second,) if isinstance(second, fx.Node) else ()
+        return Piece(
+            node, Scaled(scale.detach(), piece.operator), piece.input, None, piece.window, piece.convolution,
+            (*piece.nodes, node), (*piece.weights, *more), tentative=True,
+        )  # fmt: skip
+
+    def _moved(self, node: fx.Node) -> Piece | None:
+        """A layer on the channels of a (batch, channels, *spatial) value: a convolution of a single place."""
+        piece = self.pieces.get(node.args[0])  # type: ignore[arg-type]
+        value = node.meta.get("val")
+        if piece is None or value is None or piece.convolution or len(piece.node.users) != 1 or value.ndim < 3:
+            return None
+        before = piece.input
+        alone = before.target is aten.movedim.int and len(before.users) == 1 and not piece.tentative
+        if not alone or tuple(before.args[1:]) != (1, -1) or tuple(node.args[1:]) != (-1, 1):
+            return None
+        ones = (1,) * (value.ndim - 2)
+        below: Any = before.args[0]
+        nodes = (before, *piece.nodes, node)
+        return self._after(
+            Piece(node, piece.operator, below, piece.bias, Window(ones, ones), True, nodes, piece.weights, piece.biases)
+        )
+
+    def _stacked(self, node: fx.Node) -> Piece | None:
+        """Only what an earlier rewrite stacked: layers of the model's own stay layers of their own."""
+        operands, axis = node.args[0], node.args[1] if len(node.args) > 1 else 0
+        parts = self._parts(operands)
+        value = node.meta.get("val")
+        names = [str(root.target) for each in parts for weight in each.weights for root in self.constants.roots(weight)]
+        if not parts or value is None or any(each.convolution for each in parts) or axis not in (-1, value.ndim - 1):
+            return None
+        if len({name.partition(".factors.")[0] for name in names}) != 1 or ".factors." not in names[0]:
+            return None
+        biases = [each.bias for each in parts if each.bias is not None]
+        if biases and len(biases) != len(parts):
+            return None
+        bias = torch.cat(biases) if biases else None
+        return _joined(node, parts, Stack(tuple(each.operator for each in parts)), bias)
+
+
+def _joined(node: fx.Node, parts: list[Piece], operator: LinearOperator, bias: Tensor | None) -> Piece:
+    first = parts[0]
+    nodes = (*(each for part in parts for each in part.nodes), node)
+    weights = tuple(each for part in parts for each in part.weights)
+    biases = tuple(each for part in parts for each in part.biases)
+    return Piece(node, operator, first.input, bias, first.window, first.convolution, nodes, weights, biases)
+
+
+def _axes(call: Call, weight: Tensor) -> bool:
+    return weight.ndim == 2 if call.geometry is None else 3 <= weight.ndim <= 5
+
+
+def _outputs(call: Call, weight: Tensor) -> int:
+    return weight.shape[1] if call.kind in ("Conv1D", "Batched") else weight.shape[0]
+
+
+def _frozen(call: Call, bias: Tensor | None, leaf: LinearOperator) -> str:
+    if isinstance(leaf, BlockSparse):
+        return f"a convolution in {leaf.grid[0]} groups"
+    if bias is not None and bias.dtype != leaf.weight.dtype:  # type: ignore[attr-defined]
+        return "its bias is of another type"
+    return ""
+
+
+def source(node: fx.Node) -> fx.Node:
+    """The value behind views of it that keep the last axis: what reads it in another shape reads the same vectors."""
+    while node.target in VIEWS and node.all_input_nodes:
+        below = node.all_input_nodes[0]
+        one, other = (each.meta.get("val") for each in (node, below))
+        if one is None or other is None or not one.ndim or not other.ndim or one.shape[-1] != other.shape[-1]:
+            return node
+        node = below
+    return node
+
+
+def readers(constants: Constants, root: fx.Node, own: set[fx.Node]) -> Iterator[fx.Node]:
+    """Nodes outside ``own`` that read a stored tensor, or a constant made from it."""
+    for user in root.users:
+        if user in own:
+            continue
+        if user in constants:
+            yield from readers(constants, user, own)
+        else:
+            yield user
