@@ -11,7 +11,7 @@ import numpy as np
 from lrcompile import feeds, measure, timing, verify
 from lrcompile.budget import COSTS, Budget, quantity
 from lrcompile.choices import Choice, Planned
-from lrcompile.errors import GateError
+from lrcompile.errors import GateError, UsageError
 from lrcompile.files import AtomicSet, sha256
 from lrcompile.graphs.base import SUFFIXES, Graph
 from lrcompile.linop import show
@@ -26,8 +26,16 @@ SLOWER = 1.02
 
 
 def target_of(graph: Graph, out: Path | None) -> Path | None:
-    """The file that a run publishes: ``out``, or the artefact's index inside a folder."""
-    return out if out is None or graph.kind in SUFFIXES else out / "lrcompile.json"
+    """The file that a run publishes: ``out``, or the artefact's index inside a folder.
+
+    Raises:
+        UsageError: its name is that of another kind of model.
+    """
+    own = SUFFIXES.get(graph.kind)
+    if out is not None and out.suffix in SUFFIXES.values() and out.suffix != own:
+        hint = "give the name of a folder" if own is None else f"give a name that ends in {own}"
+        raise UsageError(f"a model of kind '{graph.kind}' is not written to a {out.suffix} file", where=str(out), hint=hint)
+    return out if out is None or own is not None else out / "lrcompile.json"
 
 
 def missing(run: Run, built: Runnable, files: AtomicSet | None, budget: Budget) -> np.ndarray:

@@ -90,7 +90,7 @@ def _check(stream: IO[bytes], path: Path) -> None:
 def _reader(stream: IO[bytes], path: Path) -> Any:
     try:
         return torch._C.PyTorchFileReader(stream)  # type: ignore[arg-type]
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         raise InvalidInputError(
             "is no .pt2 archive, or only a part of one", where=str(path), hint="write it with torch.export.save"
         ) from error

@@ -134,7 +134,7 @@ def outputs(program: ExportedProgram) -> list[dict[str, Any]]:
 def flat(program: ExportedProgram) -> fx.GraphModule:
     """A module over the program's own tensors: ``forward(**inputs)`` returns a mapping of named outputs.
 
-    Nodes keep their names. torch's generated checks of the inputs are left out.
+    :func:`name_of` tells the names of its nodes in the program. torch's generated checks of the inputs are left out.
 
     Raises:
         UnsupportedError: torch cannot turn the program into a module.
@@ -144,10 +144,15 @@ def flat(program: ExportedProgram) -> fx.GraphModule:
     except Exception as error:  # torch raises anything
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UnsupportedError(f"the exported program cannot be run: {reason}") from error
-    constants = {node.name: spec.arg.value for node, spec in placeholders(program)
-                 if isinstance(spec.arg, ConstantArgument)}  # fmt: skip
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
+    fed = [(node, spec) for node, spec in placeholders(program) if spec.kind not in HELD]
+    constants: dict[fx.Node, Any] = {}
+    for node, (before, spec) in zip(graph.find_nodes(op="placeholder"), fed, strict=True):
+        node.meta[_NAME] = before.name
+        if isinstance(spec.arg, ConstantArgument):
+            constants[node] = spec.arg.value
+    _name(graph, program.graph)
     _with_defaults(graph, constants)
     (output,) = graph.find_nodes(op="output")
     results = output.args[0]
@@ -156,13 +161,29 @@ def flat(program: ExportedProgram) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
-def _with_defaults(graph: fx.Graph, constants: dict[str, Any]) -> None:
+_NAME = "lrcompile_name"
+
+
+def name_of(node: fx.Node) -> str:
+    """What a node of a flat module is called in the program."""
+    return node.meta.get(_NAME, node.name)
+
+
+def _name(graph: fx.Graph, program: fx.Graph) -> None:
+    """torch renames nodes that are called like a builtin of Python; the operations' order stays."""
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    for node, before in zip(calls, (each for each in program.nodes if each.op == "call_function"), strict=False):
+        if node.target == before.target:
+            node.meta[_NAME] = before.name
+
+
+def _with_defaults(graph: fx.Graph, constants: dict[fx.Node, Any]) -> None:
     """Constant inputs get their value; they come last, as Python's signatures want it."""
     nodes = graph.find_nodes(op="placeholder")
     anchor = nodes[-1] if nodes else None
     for node in nodes:
-        if node.name in constants:
-            node.args = (constants[node.name],)
+        if node in constants:
+            node.args = (constants[node],)
             if anchor is not None and node is not anchor:
                 anchor.append(node)
                 anchor = node

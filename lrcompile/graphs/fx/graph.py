@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,9 +25,10 @@ from lrcompile.graphs.fx.lower import Placed, lowered
 from lrcompile.graphs.fx.sites import FxReader, raised
 from lrcompile.graphs.module import ModuleGraph
 from lrcompile.graphs.module_run import few, run
-from lrcompile.graphs.module_sites import check_finite
+from lrcompile.graphs.module_sites import Found, check_finite
 from lrcompile.graphs.module_store import update
 from lrcompile.graphs.structured import Pool, place
+from lrcompile.linop import tensors
 from lrcompile.sites import LinearSite
 from lrcompile.sketch import Importance
 
@@ -65,6 +67,7 @@ class FxGraph(ModuleGraph):
         for name, tensor in {**program.constants, **program.state_dict}.items():
             if isinstance(tensor, Tensor):
                 names.setdefault(place(tensor), []).append(name)
+        self._places = frozenset(names)
         module = flat(program)
         check_finite(module)
         found = raised(module, names)
@@ -142,20 +145,25 @@ class FxGraph(ModuleGraph):
         """
         loose = {root for name in self.replacements for root in self._roots[name]}
         for name, found in self._found.items():
-            if name not in self.replacements and (found.site.frozen or not loose & self._roots[name]):
+            if name not in self.replacements and (found.site.frozen or not loose & self._roots[name] or self._whole(found)):
                 continue
             for reader in found.readers:
                 assert isinstance(reader, FxReader)
                 yield Placed(name, reader, self.model.get_submodule(reader.path))  # type: ignore[arg-type]
 
+    def _whole(self, found: Found) -> bool:
+        """Whether a site's tensors are stored as they are, so that they stay when others of their root go."""
+        return all(place(tensor) in self._places for _, tensor in tensors(found.site.operator))
+
     # -- running ---------------------------------------------------------------------------
 
     def run(self, inputs: Inputs) -> Outputs:
         """Named outputs of the program as it was given; bfloat16 comes back as float32."""
-        if self.program is self.given:
-            with self.as_given():
-                return run(self.model, self._typed(inputs))
-        return run(flat(self.given), self._typed(inputs))
+        return run(self._given, self._typed(inputs))
+
+    @cached_property
+    def _given(self) -> nn.Module:
+        return flat(self.given)
 
     def observe(self, batches: Iterable[Inputs], sites: Sequence[LinearSite], *, memory: int) -> Mapping[str, Moments]:
         """Moments of what the sites read, keyed by :attr:`LinearSite.input`."""

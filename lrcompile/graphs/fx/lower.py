@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,10 @@ from torch.func import functional_call
 from lrcompile.errors import UnsupportedError
 from lrcompile.graphs.fx.flat import HELD, held, placeholders
 from lrcompile.graphs.fx.sites import FxReader
-from lrcompile.graphs.structured import Structured, place
+from lrcompile.graphs.structured import Pool, Structured, StructuredConv, StructuredLinear, place
+from lrcompile.linop import Choose, LinearOperator, same
+from lrcompile.linop.dense import choose
+from lrcompile.linop.tree import map_children
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +46,28 @@ def lowered(program: ExportedProgram, layers: Sequence[Placed]) -> ExportedProgr
         return program
     editor = _Editor(program)
     for each in layers:
-        editor.put(each)
+        editor.put(Placed(each.site, each.reader, _decided(each.layer)))
     return editor.finish()
+
+
+def _decided(layer: Structured) -> Structured:
+    """The layer with what its choices pick: a program has no switch that could be turned later."""
+    operator = layer.operator
+    bound = _bound(operator)
+    if same(bound, operator):
+        return layer
+    pool = Pool(layer.parameters())
+    device = next(layer.parameters()).device
+    factors = pool.factors(bound, device=device, trainable=layer.factors.trainable)
+    if isinstance(layer, StructuredConv):
+        return StructuredConv(factors, layer.bias, window=layer.window)
+    return StructuredLinear(factors, layer.bias)
+
+
+def _bound(operator: LinearOperator) -> LinearOperator:
+    if isinstance(operator, Choose):
+        return choose(operator, _bound)
+    return map_children(operator, _bound)
 
 
 @dataclass(eq=False)
@@ -219,5 +242,3 @@ def _fake_mode(program: ExportedProgram) -> FakeTensorMode:
             return mode
     return FakeTensorMode()
 
-
-Layers = Callable[[], Sequence[Placed]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ VIEWS = frozenset({
     aten.alias.default, aten.detach.default, aten.flatten.using_ints, aten.unsqueeze.default, aten.view_as.default,
 })  # fmt: skip
 """Operations that only look at a value in another shape."""
+FACTORS = ".factors."
+"""What the names of factors have in them."""
+SPREADS = VIEWS | {aten.expand.default}
 
 
 @dataclass(eq=False)
@@ -47,11 +50,7 @@ class Piece:
 
 @dataclass(eq=False)
 class Raiser:
-    """Raises the nodes of a graph, in its order.
-
-    Args:
-        ours: whether a constant node is a factor that an earlier rewrite left, see :meth:`_stacked`.
-    """
+    """Raises the nodes of a graph, in its order."""
 
     constants: Constants
     pieces: dict[fx.Node, Piece] = field(default_factory=dict)
@@ -92,20 +91,33 @@ class Raiser:
 
     def _weight(self, call: Call) -> tuple[Any, Tensor | None]:
         """The constant node behind the operand, and its matrix or kernel; the same matrix for a whole batch is one."""
-        node = call.weight
         if call.kind != "Batched":
-            return node, self.constants.tensor(node)
-        spread = isinstance(node, fx.Node) and node.target is aten.expand.default
-        source: Any = node.args[0] if spread else node
-        value = self.constants.tensor(source)
-        if value is None or value.ndim not in ((2, 3) if spread else (3,)) or (value.ndim == 3 and len(value) != 1):
-            return node, None
-        return source, value if value.ndim == 2 else value[0]
+            return call.weight, self.constants.tensor(call.weight)
+        for node in self._spread(call):
+            value = self.constants.tensor(node)
+            if value is None:
+                continue
+            if value.ndim == 3 and (len(value) == 1 or value.stride(0) == 0):
+                value = value[0]
+            return (node, value) if value.ndim == 2 else (call.weight, None)
+        return call.weight, None
+
+    def _spread(self, call: Call) -> Iterator[Any]:
+        """The operand and what it is the same matrices of, in another number."""
+        node: Any = call.weight
+        while isinstance(node, fx.Node):
+            yield node
+            below = node.all_input_nodes[0] if node.all_input_nodes else None
+            if node.target not in SPREADS or below is None or _sizes(node)[-2:] != _sizes(below)[-2:]:
+                return
+            node = below
 
     def _own(self, call: Call, source: Any) -> tuple[fx.Node, ...]:
-        """The node, and one that only spreads its weight over a batch."""
-        alone = call.weight is not source and len(call.weight.users) == 1
-        return (call.weight, call.node) if alone else (call.node,)
+        """The node, and those that only spread its weight over a batch."""
+        nodes = [] if call.kind != "Batched" else list(self._spread(call))
+        between = nodes[: nodes.index(source)] if source in nodes else []
+        alone = [node for node in between if node not in self.constants and len(node.users) == 1]
+        return (*reversed(alone), call.node) if len(alone) == len(between) else (call.node,)
 
     def _leaf(self, call: Call, weight: Tensor) -> LinearOperator | None:
         """The stored matrix (out, in); one object for all that read the same elements."""
@@ -148,6 +160,8 @@ class Raiser:
                 return self._stacked(node)
             case aten.movedim.int:
                 return self._moved(node)
+            case target if target in VIEWS:
+                return self._reshaped(node)
         return None
 
     def _parts(self, operands: Any) -> list[Piece]:
@@ -183,21 +197,33 @@ class Raiser:
         return None
 
     def _scaled(self, node: fx.Node) -> Piece | None:
-        """A scale belongs to a site as part of a sum only: alone it is the model's own business."""
-        first, second = node.args[:2]
-        piece = self.pieces.get(first)  # type: ignore[arg-type]
-        if piece is None or piece.bias is not None or len(piece.node.users) != 1 or piece.frozen:
+        """The model's own scales belong to a site as part of a sum only: alone they are not a weight's business."""
+        for first, second in (node.args[:2], node.args[1::-1]):
+            piece = self.pieces.get(first)  # type: ignore[arg-type]
+            if piece is None or piece.bias is not None or len(piece.node.users) != 1 or piece.frozen:
+                continue
+            scale = self.constants.tensor(second)
+            if isinstance(second, int | float):
+                scale = torch.tensor(float(second), dtype=torch.float32)
+            if scale is None or scale.ndim:
+                continue
+            more = (second,) if isinstance(second, fx.Node) else ()
+            ours = all(_ours(str(root.target)) for each in more for root in self.constants.roots(each))
+            return Piece(
+                node, Scaled(scale.detach(), piece.operator), piece.input, None, piece.window, piece.convolution,
+                (*piece.nodes, node), (*piece.weights, *more), tentative=not (more and ours),
+            )  # fmt: skip
+        return None
+
+    def _reshaped(self, node: fx.Node) -> Piece | None:
+        """A layer between two views, of which the second undoes the first: it reads what the first one looks at."""
+        piece = self.pieces.get(node.args[0])  # type: ignore[arg-type]
+        if piece is None or piece.convolution or len(piece.node.users) != 1:
             return None
-        scale = self.constants.tensor(second)
-        if isinstance(second, int | float):
-            scale = torch.tensor(float(second), dtype=torch.float32)
-        if scale is None or scale.numel() != 1 or scale.ndim:
+        below, outer = source(piece.input), _sizes(node)
+        if not outer or outer[:-1] != _sizes(below)[:-1] or outer[-1] != str(piece.operator.shape[0]):
             return None
-        more = (second,) if isinstance(second, fx.Node) else ()
-        return Piece(
-            node, Scaled(scale.detach(), piece.operator), piece.input, None, piece.window, piece.convolution,
-            (*piece.nodes, node), (*piece.weights, *more), tentative=True,
-        )  # fmt: skip
+        return replace(piece, node=node, input=below, nodes=(*piece.nodes, node))
 
     def _moved(self, node: fx.Node) -> Piece | None:
         """A layer on the channels of a (batch, channels, *spatial) value: a convolution of a single place."""
@@ -224,7 +250,7 @@ class Raiser:
         names = [str(root.target) for each in parts for weight in each.weights for root in self.constants.roots(weight)]
         if not parts or value is None or any(each.convolution for each in parts) or axis not in (-1, value.ndim - 1):
             return None
-        if len({name.partition(".factors.")[0] for name in names}) != 1 or ".factors." not in names[0]:
+        if len({name.partition(FACTORS)[0] for name in names}) != 1 or not _ours(names[0]):
             return None
         biases = [each.bias for each in parts if each.bias is not None]
         if biases and len(biases) != len(parts):
@@ -239,6 +265,11 @@ def _joined(node: fx.Node, parts: list[Piece], operator: LinearOperator, bias: T
     weights = tuple(each for part in parts for each in part.weights)
     biases = tuple(each for part in parts for each in part.biases)
     return Piece(node, operator, first.input, bias, first.window, first.convolution, nodes, weights, biases)
+
+
+def _ours(name: str) -> bool:
+    """Whether a stored tensor is a factor that an earlier rewrite left."""
+    return FACTORS in name or name.startswith(FACTORS[1:])
 
 
 def _axes(call: Call, weight: Tensor) -> bool:
@@ -261,11 +292,15 @@ def source(node: fx.Node) -> fx.Node:
     """The value behind views of it that keep the last axis: what reads it in another shape reads the same vectors."""
     while node.target in VIEWS and node.all_input_nodes:
         below = node.all_input_nodes[0]
-        one, other = (each.meta.get("val") for each in (node, below))
-        if one is None or other is None or not one.ndim or not other.ndim or one.shape[-1] != other.shape[-1]:
+        if not _sizes(node) or _sizes(node)[-1:] != _sizes(below)[-1:]:
             return node
         node = below
     return node
+
+
+def _sizes(node: fx.Node) -> list[str]:
+    """A value's shape as text: symbols are compared without a guess at their values."""
+    return [str(size) for size in getattr(node.meta.get("val"), "shape", ())]
 
 
 def readers(constants: Constants, root: fx.Node, own: set[fx.Node]) -> Iterator[fx.Node]:

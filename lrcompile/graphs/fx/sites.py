@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lrcompile.graphs.fx.constants import Constants
+from lrcompile.graphs.fx.flat import name_of
 from lrcompile.graphs.fx.match import aten
 from lrcompile.graphs.fx.raising import Piece, Raiser, readers, source
 from lrcompile.graphs.module_sites import Found, Reader
@@ -205,10 +206,10 @@ def _layer(module: fx.GraphModule, piece: Piece, pool: Pool, path: str, moved: d
     node.meta = dict(piece.node.meta)
     moved[piece.node] = node
     piece.node.replace_all_uses_with(node)
-    nodes = tuple(each.name for each in piece.nodes)
+    nodes = tuple(name_of(each) for each in piece.nodes)
     for each in reversed(piece.nodes):
         module.graph.erase_node(each)
-    return FxReader(path, layer, "Linear" if piece.window is None else "Conv", nodes, piece.input.name)
+    return FxReader(path, layer, "Linear" if piece.window is None else "Conv", nodes, name_of(piece.input))
 
 
 @dataclass(eq=False)
@@ -234,9 +235,11 @@ class _Titles:
         stems = [_stem(self._name(root, piece)) for root in dict.fromkeys(roots)]
         if len(stems) > 1:
             return _common(stems) or stems[0]
-        (weight,) = piece.weights[:1]
-        whole = self.constants.value(roots[0]).numel() == sum(tensor.numel() for _, tensor in tensors(piece.operator))
-        return stems[0] if whole else f"{stems[0]}.{weight.name}"
+        whole = self.constants.value(roots[0])
+        leaf = next((tensor for _, tensor in tensors(piece.operator) if tensor.is_floating_point()), whole)
+        if leaf.numel() == whole.numel():
+            return stems[0]
+        return f"{stems[0]}.{_rows(leaf, whole) or piece.weights[0].name}"
 
     def _name(self, root: fx.Node, piece: Piece) -> str:
         """Of all names of a tied tensor the one of the module that the node belongs to."""
@@ -244,6 +247,15 @@ class _Titles:
         stack = piece.nodes[0].meta.get("nn_module_stack") or {}
         paths = [str(each[0]) for each in stack.values()]
         return next((n for path in reversed(paths) for n in known if path and n.startswith(f"{path}.")), str(root.target))
+
+
+def _rows(part: Tensor, whole: Tensor) -> str:
+    """Which rows of a stored matrix a part of it is; empty where it is something else."""
+    same = part.untyped_storage()._cdata == whole.untyped_storage()._cdata and part.ndim == whole.ndim == 2
+    if not same or part.stride() != whole.stride() or part.shape[1] != whole.shape[1] or not whole.is_contiguous():
+        return ""
+    start = (part.storage_offset() - whole.storage_offset()) // whole.shape[1]
+    return f"rows_{start}_{start + len(part)}"
 
 
 def _stem(name: str) -> str:
