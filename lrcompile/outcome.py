@@ -34,7 +34,9 @@ def target_of(graph: Graph, out: Path | None) -> Path | None:
     own = SUFFIXES.get(graph.kind)
     if out is not None and out.suffix in SUFFIXES.values() and out.suffix != own:
         hint = "give the name of a folder" if own is None else f"give a name that ends in {own}"
-        raise UsageError(f"a model of kind '{graph.kind}' is not written to a {out.suffix} file", where=str(out), hint=hint)
+        raise UsageError(
+            f"a model of kind '{graph.kind}' is not written to a {out.suffix} file", where=str(out), hint=hint
+        )
     return out if out is None or own is not None else out / "lrcompile.json"
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -41,9 +39,17 @@ class Disguises(nn.Module):
         y = y + torch.tanh(torch.addmm(self.bias, rows, self.addmm)).view_as(x)
         y = y + torch.tanh(torch.einsum("btk,nk->btn", x, self.einsum))
         y = y + torch.tanh(functional.linear(x, self.functional)) + torch.tanh(functional.linear(x, self.turned.T))
-        y = y + torch.tanh(torch.bmm(x, self.batched.expand(x.shape[0], -1, -1))) + torch.tanh(x @ self.added + self.bias)
+        y = (
+            y
+            + torch.tanh(torch.bmm(x, self.batched.expand(x.shape[0], -1, -1)))
+            + torch.tanh(x @ self.added + self.bias)
+        )
         first, second, third = self.packed.chunk(3)
-        y = y + functional.linear(x, first) * functional.linear(x, second).sigmoid() + functional.linear(y, third).tanh()
+        y = (
+            y
+            + functional.linear(x, first) * functional.linear(x, second).sigmoid()
+            + functional.linear(y, third).tanh()
+        )
         y = y + torch.tanh(self.conv1(x.mT)).mT + torch.tanh(self.grouped(x.mT)).mT
         return {"hidden": y, "image": self.conv2(y.unsqueeze(1))}
 
@@ -63,7 +69,7 @@ def disguises(width: int = 12) -> tuple[Disguises, ExportedProgram, dict[str, np
 
 
 class Attending(nn.Module):
-    """Self- and cross-attention with packed projections, a head tied to the embedding, an adapter that is not merged."""
+    """Self- and cross-attention with packed projections, a head tied to the embedding, an un-merged adapter."""
 
     def __init__(self, width: int = 16, words: int = 11) -> None:
         super().__init__()

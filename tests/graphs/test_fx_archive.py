@@ -211,8 +211,9 @@ def test_text_that_torch_would_execute(good: Path, tmp_path: Path, place: str):
 
 @pytest.mark.parametrize(
     "text",
-    ["Symbol('s23', positive=True, integer=True)", "Mul(Integer(4), Symbol('s0'))", "FloorDiv(Add(Symbol('s1'), Integer(-1)), Integer(2))",
-     "Pow(Symbol('s0'), Integer(2))", "Max(Integer(1), Symbol('u0'))"],
+    ["Symbol('s23', positive=True, integer=True)", "Mul(Integer(4), Symbol('s0'))",
+     "FloorDiv(Add(Symbol('s1'), Integer(-1)), Integer(2))", "Pow(Symbol('s0'), Integer(2))",
+     "Max(Integer(1), Symbol('u0'))"],
 )  # fmt: skip
 def test_plain_expressions(text: str):
     check_symbolic(text)
@@ -220,8 +221,9 @@ def test_plain_expressions(text: str):
 
 @pytest.mark.parametrize(
     "text",
-    ["print(1)", "Symbol('x).__class__')", "Symbol('s0').__class__", "Mul(eval('1'), 2)", "lambda: 0", "[x for x in ()]",
-     "Pow(Integer(9), Pow(Integer(9), Integer(9)))", "9**9**9", "Symbol(Symbol)", "Integer(*Symbol)", "(" * 500, "", "f''"],
+    ["print(1)", "Symbol('x).__class__')", "Symbol('s0').__class__", "Mul(eval('1'), 2)", "lambda: 0",
+     "[x for x in ()]", "Pow(Integer(9), Pow(Integer(9), Integer(9)))", "9**9**9", "Symbol(Symbol)",
+     "Integer(*Symbol)", "(" * 500, "", "f''"],
 )  # fmt: skip
 def test_other_expressions(text: str):
     with pytest.raises(InvalidInputError, match="not a plain one"):
@@ -229,9 +231,20 @@ def test_other_expressions(text: str):
 
 
 def test_guards():
-    for fine in ("L['x'].size()[0] == 3", "(80*L['mem'].size()[0]) == (80*L['ids'].size()[0])", "2 <= L['a']['b'][0].size()[1] % 4 and True"):
+    for fine in (
+        "L['x'].size()[0] == 3",
+        "(80*L['mem'].size()[0]) == (80*L['ids'].size()[0])",
+        "2 <= L['a']['b'][0].size()[1] % 4 and True",
+    ):
         check_guard(fine)
-    for wrong in ("L['x'].__class__", "L.clear()", "__import__('os')", "math.os", "L['x\"+y'].size()[0] == 1", "L['x'].size(*L)"):
+    for wrong in (
+        "L['x'].__class__",
+        "L.clear()",
+        "__import__('os')",
+        "math.os",
+        "L['x\"+y'].size()[0] == 1",
+        "L['x'].size(*L)",
+    ):
         with pytest.raises(InvalidInputError, match="not a plain one"):
             check_guard(wrong)
 
@@ -239,7 +252,7 @@ def test_guards():
 def test_operators():
     check_operator("torch.ops.aten.linear.default")
     check_operator("_operator.mul")
-    for wrong in ("torch.load", "_operator.attrgetter", "math.os", "torch.ops.aten.from_file.default", "torch.ops.mine.op.default",
-                  "#other:op", "os.system"):  # fmt: skip
+    for wrong in ("torch.load", "_operator.attrgetter", "math.os", "torch.ops.aten.from_file.default",
+                  "torch.ops.mine.op.default", "#other:op", "os.system"):  # fmt: skip
         with pytest.raises(LrcompileError):
             check_operator(wrong)

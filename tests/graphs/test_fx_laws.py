@@ -28,9 +28,16 @@ from lrcompile.linop.tree import map_children
 from tests.graphs.exported import exported
 from tests.laws.market import MARKET
 
-COMES_BACK = (
-    "dense dense-float64 dense-one low-rank low-rank-above-break-even low-rank-left-nested lora nested-scales"
-).split()
+COMES_BACK = [
+    "dense",
+    "dense-float64",
+    "dense-one",
+    "low-rank",
+    "low-rank-above-break-even",
+    "low-rank-left-nested",
+    "lora",
+    "nested-scales",
+]
 
 
 class Everywhere(nn.Module):

@@ -97,7 +97,11 @@ def _reader(stream: IO[bytes], path: Path) -> Any:
 
 
 def _check_names(names: Sequence[str], where: str) -> None:
-    for prefix, what in (("data/aotinductor/", "compiled code"), ("extra/", "extra files"), ("data/executorch/", "code")):
+    for prefix, what in (
+        ("data/aotinductor/", "compiled code"),
+        ("extra/", "extra files"),
+        ("data/executorch/", "code"),
+    ):
         if any(name.startswith(prefix) for name in names):
             raise UnsupportedError(f"the archive holds {what}", where=where, hint=_TRUSTED)
     missing = [name for name in REQUIRED if name not in names]
@@ -107,7 +111,9 @@ def _check_names(names: Sequence[str], where: str) -> None:
         raise InvalidInputError(f"the archive lacks {missing[0]}", where=where, hint="write it with torch.export.save")
     for name in names:
         if not _KNOWN.fullmatch(name):
-            raise InvalidInputError(f"the archive holds {name[:80]!r}, which is not plain data", where=where, hint=_TRUSTED)
+            raise InvalidInputError(
+                f"the archive holds {name[:80]!r}, which is not plain data", where=where, hint=_TRUSTED
+            )
     if len(set(names)) != len(names):
         raise InvalidInputError("the archive holds a name twice", where=where)
 
@@ -143,7 +149,9 @@ def _plain(value: Any) -> bool:
         return all(_plain(item) for item in value.values())
     if isinstance(value, list | tuple):
         return all(_plain(item) for item in value)
-    return value is None or isinstance(value, bool | int | float | Tensor) or (isinstance(value, str) and value.isalnum())
+    return (
+        value is None or isinstance(value, bool | int | float | Tensor) or (isinstance(value, str) and value.isalnum())
+    )
 
 
 def _check_payload(reader: Any, names: Sequence[str], config: str, where: str) -> None:

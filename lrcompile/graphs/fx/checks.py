@@ -213,7 +213,9 @@ def _guard(node: ast.AST) -> bool:
         case ast.UnaryOp(operand=operand):
             return _guard(operand)
         case ast.BinOp(left=left, op=op, right=right):
-            bounded = not isinstance(op, ast.Pow | ast.LShift) or (isinstance(right, ast.Constant) and _tiny(right.value))
+            bounded = not isinstance(op, ast.Pow | ast.LShift) or (
+                isinstance(right, ast.Constant) and _tiny(right.value)
+            )
             return bounded and _guard(left) and _guard(right)
         case ast.Compare(left=left, comparators=others):
             return _guard(left) and all(map(_guard, others))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from lrcompile.data import InputSpec
@@ -145,7 +146,7 @@ def flat(program: ExportedProgram) -> fx.GraphModule:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UnsupportedError(f"the exported program cannot be run: {reason}") from error
     graph = module.graph
-    graph.set_codegen(fx.graph.CodeGen())
+    graph.set_codegen(CodeGen())
     fed = [(node, spec) for node, spec in placeholders(program) if spec.kind not in HELD]
     constants: dict[fx.Node, Any] = {}
     for node, (before, spec) in zip(graph.find_nodes(op="placeholder"), fed, strict=True):

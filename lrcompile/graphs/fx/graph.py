@@ -145,7 +145,9 @@ class FxGraph(ModuleGraph):
         """
         loose = {root for name in self.replacements for root in self._roots[name]}
         for name, found in self._found.items():
-            if name not in self.replacements and (found.site.frozen or not loose & self._roots[name] or self._whole(found)):
+            if name not in self.replacements and (
+                found.site.frozen or not loose & self._roots[name] or self._whole(found)
+            ):
                 continue
             for reader in found.readers:
                 assert isinstance(reader, FxReader)

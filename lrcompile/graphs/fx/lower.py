@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputSpec, TensorArgument
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from lrcompile.errors import UnsupportedError
 from lrcompile.graphs.fx.flat import HELD, held, placeholders
@@ -44,7 +44,7 @@ def lowered(program: ExportedProgram, layers: Sequence[Placed]) -> ExportedProgr
     """
     if not layers:
         return program
-    editor = _Editor(program)
+    editor = Editor(program)
     for each in layers:
         editor.put(Placed(each.site, each.reader, _decided(each.layer)))
     return editor.finish()
@@ -66,12 +66,15 @@ def _decided(layer: Structured) -> Structured:
 
 def _bound(operator: LinearOperator) -> LinearOperator:
     if isinstance(operator, Choose):
-        return choose(operator, _bound)
+        picked: Any = choose
+        return picked(operator, _bound)
     return map_children(operator, _bound)
 
 
 @dataclass(eq=False)
-class _Editor:
+class Editor:
+    """A copy of a program's graph that is changed, and becomes a program of its own."""
+
     program: ExportedProgram
     graph: fx.Graph = field(init=False)
 
@@ -138,7 +141,10 @@ class _Editor:
             if node.op != "call_function":
                 raise UnsupportedError(f"holds a constant of its own ({node.target})", where=end.name)
             made = self.graph.node_copy(node, lambda each: copies[each])
-            made.meta = {**{k: v for k, v in end.meta.items() if k not in ("val", "tensor_meta")}, "val": node.meta["val"]}
+            made.meta = {
+                **{k: v for k, v in end.meta.items() if k not in ("val", "tensor_meta")},
+                "val": node.meta["val"],
+            }
             copies[node] = made
         (result,) = (node.args[0] for node in traced.graph.nodes if node.op == "output")
         new = copies[result]  # type: ignore[index]
@@ -190,22 +196,31 @@ class _Editor:
             if each.users or each._erased:
                 continue
             if each.op == "placeholder":
-                value = held(self.program, str(self.specs[each.name].target))
-                if isinstance(value, Tensor):
-                    self.touched.add(value.untyped_storage()._cdata)
+                self._note(each)
                 continue
             if each.op == "call_function" and not each.is_impure():
                 operands = list(each.all_input_nodes)
                 self.graph.erase_node(each)
                 pending += operands
 
+    def adopt(self, graph: fx.Graph) -> None:
+        """Continues with a graph that a rewrite made of this one; stored tensors that it does not read are left out."""
+        before = {node.name for node, _ in placeholders(self.program) if node.users}
+        self.graph = graph
+        for node in graph.find_nodes(op="placeholder"):
+            if node.name in before and not node.users:
+                self._note(node)
+
+    def _note(self, node: fx.Node) -> None:
+        value = held(self.program, str(self.specs[node.name].target))
+        if isinstance(value, Tensor):
+            self.touched.add(value.untyped_storage()._cdata)
+
     def finish(self) -> ExportedProgram:
         """The new program, without the stored tensors that lost their last reader."""
         self._forget()
         nodes = self.graph.find_nodes(op="placeholder")
-        signature = ExportGraphSignature(
-            [self.specs[node.name] for node in nodes], list(self.program.graph_signature.output_specs)
-        )
+        signature = ExportGraphSignature([self.specs[node.name] for node in nodes], self._outputs())
         module = fx.GraphModule(self.program.graph_module, self.graph)
         module.meta.update(self.program.graph_module.meta)
         self.graph.lint()
@@ -222,6 +237,15 @@ class _Editor:
         )
         made._guards_code = list(self.program._guards_code)
         return made
+
+    def _outputs(self) -> list[OutputSpec]:
+        """The outputs under the names that their nodes have now."""
+        results: Any = self.graph.output_node().args[0]
+        found = []
+        for spec, value in zip(self.program.graph_signature.output_specs, results, strict=True):
+            moved = isinstance(value, fx.Node) and isinstance(spec.arg, TensorArgument)
+            found.append(replace(spec, arg=TensorArgument(value.name)) if moved else spec)
+        return found
 
     def _forget(self) -> None:
         """Takes out unread inputs over storages that a rewrite freed, all names of a tied tensor with them."""
@@ -241,4 +265,3 @@ def _fake_mode(program: ExportedProgram) -> FakeTensorMode:
         if mode is not None:
             return mode
     return FakeTensorMode()
-

@@ -96,13 +96,13 @@ def _einsum(node: fx.Node) -> Call | None:
     parts, operands = left.split(","), list(node.args[1])
     if len(parts) != 2 or len(operands) != 2 or len(parts[1]) != 2 or not parts[0] or not result:
         return None
-    first, second = parts
+    (first, second), (value, weight) = parts, operands
     outer, inner = first[:-1], first[-1]
     if inner in outer or len(set(outer)) != len(outer) or set(second) & set(outer) or second[0] == second[1]:
         return None
     if second[0] == inner and result == outer + second[1]:
-        return Call(node, "Conv1D", *operands)
-    return Call(node, "Linear", *operands) if second[1] == inner and result == outer + second[0] else None
+        return Call(node, "Conv1D", value, weight)
+    return Call(node, "Linear", value, weight) if second[1] == inner and result == outer + second[0] else None
 
 
 def _convolution(node: fx.Node) -> Call:
@@ -110,7 +110,9 @@ def _convolution(node: fx.Node) -> Call:
     if node.target in CONVOLUTION:
         names[6:] = ["transposed", "output_padding", "groups"]
     given = _named(node, names)
-    geometry = {name: given[name] for name in ("stride", "padding", "dilation", "groups", "transposed") if name in given}
+    geometry = {
+        name: given[name] for name in ("stride", "padding", "dilation", "groups", "transposed") if name in given
+    }
     return Call(node, "Conv", given.get("input"), given.get("weight"), given.get("bias"), Geometry(**geometry))
 
 

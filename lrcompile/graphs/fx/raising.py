@@ -1,4 +1,4 @@
-"""Finding the linear sites of a flat graph: the largest constant-linear expressions, and who else reads their weights."""
+"""The largest constant-linear expressions of a flat graph, and who else reads their weights."""
 
 from __future__ import annotations
 
@@ -82,11 +82,12 @@ class Raiser:
         window = call.geometry.window(weight.shape[2:]) if call.geometry is not None else None
         if leaf is None or (call.geometry is not None and window is None):
             return None
-        frozen = _frozen(call, bias, leaf)
         piece = Piece(
-            node, leaf, call.input, None if bias is None else bias.reshape(-1), window, call.geometry is not None,
-            self._own(call, source), (source,), () if bias is None else (call.bias,), frozen=frozen,
+            node, leaf, call.input, None, window, call.geometry is not None, self._own(call, source), (source,),
+            frozen=_frozen(call, bias, leaf),
         )  # fmt: skip
+        if bias is not None and call.bias is not None:
+            piece.bias, piece.biases = bias.reshape(-1), (call.bias,)
         return self._after(piece)
 
     def _weight(self, call: Call) -> tuple[Any, Tensor | None]:
@@ -137,8 +138,10 @@ class Raiser:
         if before is None or before.bias is not None or len(before.node.users) != 1 or before.frozen or piece.frozen:
             return piece
         window = piece.window
-        if before.convolution != piece.convolution or before.tentative or (
-            window is not None and (not window.pointwise or window.strided)
+        if (
+            before.convolution != piece.convolution
+            or before.tentative
+            or (window is not None and (not window.pointwise or window.strided))
         ):
             return piece
         return Piece(
@@ -180,7 +183,9 @@ class Raiser:
         if not parts or len({each.operator.shape for each in parts}) > 1:
             return None
         biases = [each.bias for each in parts if each.bias is not None]
-        return _joined(node, parts, Sum(tuple(each.operator for each in parts)), sum(biases[1:], biases[0]) if biases else None)
+        return _joined(
+            node, parts, Sum(tuple(each.operator for each in parts)), sum(biases[1:], biases[0]) if biases else None
+        )
 
     def _biased(self, node: fx.Node) -> Piece | None:
         """``x @ W + b``, in either order."""

@@ -13,6 +13,7 @@ from lrcompile.graphs.fx.flat import name_of
 from lrcompile.graphs.fx.match import aten
 from lrcompile.graphs.fx.raising import Piece, Raiser, readers, source
 from lrcompile.graphs.module_sites import Found, Reader
+from lrcompile.graphs.module_trace import span
 from lrcompile.graphs.structured import Pool, StructuredConv, StructuredLinear, place
 from lrcompile.linop import LinearOperator, structure, tensors
 from lrcompile.sites import LinearSite, Use, Window
@@ -95,7 +96,11 @@ def _installed(module: fx.GraphModule, sites: Sequence[tuple[LinearSite, list[Pi
     pool, moved = Pool(module.parameters()), dict[fx.Node, fx.Node]()
     founds: dict[str, Found] = {}
     for index, (site, group) in enumerate(sites):
-        made = [] if site.frozen else [_layer(module, p, pool, f"{LAYERS}.{index}_{i}", moved) for i, p in enumerate(group)]
+        made = (
+            []
+            if site.frozen
+            else [_layer(module, p, pool, f"{LAYERS}.{index}_{i}", moved) for i, p in enumerate(group)]
+        )
         founds[site.name] = Found(site, tuple(made))
     return founds
 
@@ -178,15 +183,12 @@ class _Survey:
 
 def _overlap(one: LinearOperator, other: LinearOperator) -> bool:
     """Whether leaves of two expressions read some of the same elements without being the same leaf."""
-    spans = [[(place(tensor), *_span(tensor)) for _, tensor in tensors(op)] for op in (one, other)]
-    return any(a != b and i == j and low < till and start < high for a, i, low, high in spans[0] for b, j, start, till in spans[1])
-
-
-def _span(tensor: Tensor) -> tuple[int, int, int]:
-    """Storage, and its first and last element that belong to the tensor."""
-    start = int(tensor.storage_offset())
-    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size)
-    return tensor.untyped_storage()._cdata, start, start + int(reach) + 1
+    spans = [[(place(t), t.untyped_storage()._cdata, *span(t)) for _, t in tensors(op)] for op in (one, other)]
+    return any(
+        a != b and i == j and low < till and start < high
+        for a, i, low, high in spans[0]
+        for b, j, start, till in spans[1]
+    )
 
 
 def _layer(module: fx.GraphModule, piece: Piece, pool: Pool, path: str, moved: dict[fx.Node, fx.Node]) -> FxReader:
@@ -199,7 +201,9 @@ def _layer(module: fx.GraphModule, piece: Piece, pool: Pool, path: str, moved: d
     trainable = any(pool.known(tensor).requires_grad for tensor in leaves)
     factors = pool.factors(piece.operator, device=leaves[0].device, trainable=trainable)
     bias = piece.bias if piece.bias is None or isinstance(piece.bias, nn.Parameter) else nn.Parameter(piece.bias, False)
-    layer = StructuredLinear(factors, bias) if piece.window is None else StructuredConv(factors, bias, window=piece.window)
+    layer = (
+        StructuredLinear(factors, bias) if piece.window is None else StructuredConv(factors, bias, window=piece.window)
+    )
     module.add_submodule(path, layer)
     with module.graph.inserting_before(piece.node):
         node = module.graph.call_module(path, (moved.get(piece.input, piece.input),))
@@ -246,7 +250,9 @@ class _Titles:
         known = self.names.get(place(self.constants.value(root)), ()) or [str(root.target)]
         stack = piece.nodes[0].meta.get("nn_module_stack") or {}
         paths = [str(each[0]) for each in stack.values()]
-        return next((n for path in reversed(paths) for n in known if path and n.startswith(f"{path}.")), str(root.target))
+        return next(
+            (n for path in reversed(paths) for n in known if path and n.startswith(f"{path}.")), str(root.target)
+        )
 
 
 def _rows(part: Tensor, whole: Tensor) -> str:
