@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import keyword
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from torch.utils import _pytree as pytree
@@ -19,6 +21,7 @@ _PATH = re.compile(r"[\w.@$-]*", re.ASCII)
 _WORD = re.compile(r"[^\x00-\x1f'\"\\{}()]*")
 _SYMBOL = re.compile(r"[a-z]+\d+", re.ASCII)
 _LONGEST = 20_000
+_OUTPUTS = "transformers.modeling_outputs."
 
 OPERATORS = frozenset(
     {f"_operator.{name.partition('.')[2]}" for name in BUILTINS if name.startswith("operator.")}
@@ -122,6 +125,9 @@ def check_tree(text: str) -> None:
 
 def _check_node(node: Any) -> None:
     kind, context = node["type"], node["context"]
+    if kind is not None and kind.startswith(_OUTPUTS):  # a class of a known package, not one that the file chooses
+        with suppress(ImportError):
+            importlib.import_module(_OUTPUTS[:-1])
     if kind is not None and kind not in TREES and kind not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
         raise UnsupportedError(
             f"its inputs or outputs stand in a {kind[:80]}, which torch does not know here",
