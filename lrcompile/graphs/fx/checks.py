@@ -68,7 +68,7 @@ def check_program(spec: Any) -> None:
         for entry in spec["graph_module"]["module_call_graph"]:
             for side in ("in_spec", "out_spec"):
                 if entry.get("signature"):
-                    check_tree(entry["signature"][side])
+                    check_tree(entry["signature"][side], arguments=side == "in_spec")
         _walk(spec, "")
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise InvalidInputError(f"malformed program: {type(error).__name__} {error}"[:200]) from error
@@ -118,9 +118,17 @@ def check_operator(text: str) -> None:
     lookup(text.removeprefix("torch.ops."))
 
 
-def check_tree(text: str) -> None:
-    """Containers of inputs or outputs: torch's registry knows them, and their keys are plain."""
-    _check_node(json.loads(text)[1])
+def check_tree(text: str, *, arguments: bool = False) -> None:
+    """Containers of inputs or outputs: torch's registry knows them, and their keys are plain.
+
+    Args:
+        arguments: of a call; keywords become arguments of a function that torch generates.
+    """
+    node = json.loads(text)[1]
+    _check_node(node)
+    if arguments:
+        for name in json.loads(node["children_spec"][1]["context"]):
+            check_name(name)
 
 
 def _check_node(node: Any) -> None:
