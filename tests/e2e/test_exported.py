@@ -12,11 +12,13 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.export import ExportedProgram
 
 import lrcompile
 from lrcompile import Budget, Options, Pipeline, Settings, zoo
 from lrcompile.errors import GateError, UsageError
+from lrcompile.frontend import open_graph
 from lrcompile.graphs.fx.graph import FxGraph
 from lrcompile.graphs.module import ModuleGraph
 from lrcompile.graphs.onnx.graph import OnnxGraph
@@ -75,6 +77,9 @@ def test_python(digits: zoo.ZooModel, program: ExportedProgram, tmp_path: Path):
     path = result.save(tmp_path / "out")
     assert path.name == "model.pt2" and (path.parent / "model.report.json").is_file()
     torch.testing.assert_close(torch.export.load(path).module()(x), small)
+    loaded: Any = lrcompile.load(path.parent)
+    torch.testing.assert_close(loaded.module()(x), small)
+    assert open_graph(path.parent).files == [path]
     compiled = torch.compile(result.model.module(), backend="eager")
     torch.testing.assert_close(compiled(x), small)
 
@@ -82,6 +87,10 @@ def test_python(digits: zoo.ZooModel, program: ExportedProgram, tmp_path: Path):
 def test_a_plan_without_changes(digits: zoo.ZooModel, program: ExportedProgram):
     plan = lrcompile.plan(program, Budget(keep=0.6), calibration=images(digits), options=LOOSE)
     assert plan.graph == "fx" and len(plan.entries) == len(FxGraph(program).linear_sites())
+    with pytest.raises(BackendCompilerFailed, match="fx"):
+        torch.compile(digits.module(), backend="lrcompile", options={"plan": plan})(
+            torch.from_numpy(images(digits, 2)["images"])
+        )
     with pytest.raises(UsageError):
         lrcompile.optimize(program, Budget(keep=0.6))
     with pytest.raises(GateError):

@@ -106,8 +106,13 @@ def test_what_is_read_by_others_stays():
                 y + self.two(x).relu() + nn.functional.linear(x, self.two.weight[:, :8].flip(0)) + self.three(x).relu()
             )
 
-    graph = FxGraph(exported(Reading(), torch.randn(2, 8)))
+    program = exported(Reading(), torch.randn(2, 8))
+    graph = FxGraph(program)
     found = sites(graph)
+    feeds = {"x": np.ones((2, 8), np.float32)}
+    close(graph.run(feeds), graph.run(feeds), 0)  # every run starts from what is stored
+    graph.observe([feeds], graph.linear_sites(), memory=MEMORY)
+    assert not program.state_dict["count"].any()
     assert "also read by" in found["one"].frozen
     assert "count" not in found and not found["three"].frozen
     with pytest.raises(UsageError, match="cannot be replaced"):
