@@ -37,16 +37,19 @@ def export(model: nn.Module, sample: Any, names: Mapping[Hashable, str]) -> tupl
     try:
         with evaluating(model, inference=False):
             form = _form(model(**inputs), [])
-            exported = _export(_Flat(model), inputs)
+            exported, fixed = _export(_Flat(model), inputs)
         writer = _Writer(exported, names)
-        spec = {**writer.spec(), "output": form}
+        spec = {**writer.spec(), "output": form, **({"fixed": fixed} if fixed else {})}
     except UnsupportedError:
         raise
     except Exception as error:  # export raises anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise _refusal(f"torch.export fails: {reason}") from error
+        raise _refusal(f"torch.export fails: {_first_line(error)}") from error
     _verify(model, spec, writer, inputs)
     return spec, writer.extra
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _refusal(reason: str) -> UnsupportedError:
@@ -92,21 +95,23 @@ def _form(value: Any, leaves: list[Tensor]) -> Any:
     raise _refusal(f"the model returns a {type(value).__name__}")
 
 
-def _export(flat: _Flat, inputs: dict[str, Any]) -> torch.export.ExportedProgram:
-    """As many free sizes as torch allows: all, else the samples' number, else none."""
+def _export(flat: _Flat, inputs: dict[str, Any]) -> tuple[torch.export.ExportedProgram, str]:
+    """As many free sizes as torch allows: all, else the samples' number, else none; and why not all."""
     auto = torch.export.Dim.AUTO
     last: Exception | None = None
+    fixed = ""
     for axes in (8, 1, 0):
         shapes = {
             name: {axis: auto for axis in range(min(value.ndim, axes))} if isinstance(value, Tensor) else None
             for name, value in inputs.items()
         }
         try:
-            return torch.export.export(flat, (inputs,), dynamic_shapes=(shapes,), strict=False)
+            return torch.export.export(flat, (inputs,), dynamic_shapes=(shapes,), strict=False), fixed
         except UnsupportedError:
             raise
         except Exception as error:  # the next attempt asks for less
             last = error
+            fixed = fixed or _first_line(error)
     raise last or RuntimeError("no attempt was made")
 
 
