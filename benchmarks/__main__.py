@@ -6,7 +6,7 @@ import importlib
 import sys
 
 NAMES = ("startup", "raising", "conformance", "minilm", "latency", "smollm2", "dispatch", "compile", "regional",
-         "mcu", "mcu_planner", "mcu_conformance")  # fmt: skip
+         "wide_layer", "mcu", "mcu_planner", "mcu_conformance")  # fmt: skip
 
 
 def main() -> None:
