@@ -24,11 +24,11 @@ KEEP = 0.8
 DECAY = 0.75
 """Singular values fall like ``i ** -DECAY``: between a random matrix (flat) and the steepest of trained layers."""
 _HEAD = f"""Weights are generated: float16, singular values about i^-{DECAY}, channels of the input of very different
-size as in trained models. {SAMPLES} × {LENGTH} tokens, gradients of the outputs, keep {KEEP} of the seven linears, default
-passes. Columns are seconds of wall time. The exponent is that of the growth with the width between the two widest; a
-matrix has width squared values, and its decompositions take width cubed operations. The extrapolation multiplies the
-widest layer's seconds by {LAYERS}: statistics are taken in groups of layers, so memory does not grow with their number,
-but for the factors."""
+size as in trained models. {SAMPLES} × {LENGTH} tokens, gradients of the outputs, keep {KEEP} of the seven linears,
+default passes. Columns are seconds of wall time. The exponent is that of the growth with the width between the two
+widest; a matrix has width squared values, and its decompositions take width cubed operations. The extrapolation
+multiplies the widest layer's seconds by {LAYERS}: statistics are taken in groups of layers, so memory does not grow
+with their number, but for the factors."""
 
 
 class Watch(Progress):

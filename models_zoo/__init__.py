@@ -1,5 +1,5 @@
-"""Small real models with their data: ``load("digits_vit")``, ``load("minilm")``, ``load("smollm2")`` and, with its cache as
-inputs and outputs, ``load("smollm2_cached")``.
+"""Small real models with their data: ``load("digits_vit")``, ``load("minilm")``, ``load("smollm2")``.
+``load("smollm2_cached")`` is the last with its cache as inputs and outputs.
 
 The registry is lazy: ``names()`` reads nothing, ``load`` imports one model's file, and weights and
 data are read when one of the model's functions is called.
