@@ -30,6 +30,7 @@ _REFUSED = re.compile(r"file|storage|unsafe_(?!view)|record_stream|^set_|^resize
 _STRINGS = {
     "approximate",
     "reduction",
+    "padding",
     "padding_mode",
     "rounding_mode",
     "mode",
