@@ -145,9 +145,10 @@ class Session:
     Args:
         graph: owned by the session from now on; its constants are taken out.
         like: the model that gives opsets, functions and the IR version.
+        profile: runs the graph as it is written, node by node, and writes a profile under this path.
     """
 
-    def __init__(self, graph: ir.Graph, like: ir.Model, *, threads: int = 0) -> None:
+    def __init__(self, graph: ir.Graph, like: ir.Model, *, threads: int = 0, profile: str = "") -> None:
         import onnxruntime
 
         if has_bfloat16(graph):
@@ -164,6 +165,9 @@ class Session:
         chosen = options(threads)
         chosen.enable_cpu_mem_arena = False  # the arena would keep the largest intermediate of each session
         chosen.add_session_config_entry("session.intra_op.allow_spinning", "0")  # dozens of sessions share the cores
+        if profile:
+            chosen.enable_profiling, chosen.profile_file_prefix = True, profile
+            chosen.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self.session = create(ir.to_proto(model).SerializeToString(), chosen)
 
     def run(self, feeds: Mapping[str, np.ndarray | Any], names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
