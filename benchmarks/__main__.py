@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("startup", "raising", "conformance", "minilm", "latency", "smollm2", "dispatch", "compile", "regional",
+NAMES = ("startup", "raising", "conformance", "minilm", "latency", "smollm2", "planning", "dispatch", "compile", "regional",
          "wide_layer", "mcu", "mcu_planner", "mcu_conformance")  # fmt: skip
 
 
