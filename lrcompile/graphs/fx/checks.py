@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import keyword
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from torch.utils import _pytree as pytree
@@ -19,6 +21,7 @@ _PATH = re.compile(r"[\w.@$-]*", re.ASCII)
 _WORD = re.compile(r"[^\x00-\x1f'\"\\{}()]*")
 _SYMBOL = re.compile(r"[a-z]+\d+", re.ASCII)
 _LONGEST = 20_000
+_OUTPUTS = "transformers.modeling_outputs."
 
 OPERATORS = frozenset(
     {f"_operator.{name.partition('.')[2]}" for name in BUILTINS if name.startswith("operator.")}
@@ -65,7 +68,7 @@ def check_program(spec: Any) -> None:
         for entry in spec["graph_module"]["module_call_graph"]:
             for side in ("in_spec", "out_spec"):
                 if entry.get("signature"):
-                    check_tree(entry["signature"][side])
+                    check_tree(entry["signature"][side], arguments=side == "in_spec")
         _walk(spec, "")
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise InvalidInputError(f"malformed program: {type(error).__name__} {error}"[:200]) from error
@@ -115,13 +118,24 @@ def check_operator(text: str) -> None:
     lookup(text.removeprefix("torch.ops."))
 
 
-def check_tree(text: str) -> None:
-    """Containers of inputs or outputs: torch's registry knows them, and their keys are plain."""
-    _check_node(json.loads(text)[1])
+def check_tree(text: str, *, arguments: bool = False) -> None:
+    """Containers of inputs or outputs: torch's registry knows them, and their keys are plain.
+
+    Args:
+        arguments: of a call; keywords become arguments of a function that torch generates.
+    """
+    node = json.loads(text)[1]
+    _check_node(node)
+    if arguments:
+        for name in json.loads(node["children_spec"][1]["context"]):
+            check_name(name)
 
 
 def _check_node(node: Any) -> None:
     kind, context = node["type"], node["context"]
+    if kind is not None and kind.startswith(_OUTPUTS):  # a class of a known package, not one that the file chooses
+        with suppress(ImportError):
+            importlib.import_module(_OUTPUTS[:-1])
     if kind is not None and kind not in TREES and kind not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
         raise UnsupportedError(
             f"its inputs or outputs stand in a {kind[:80]}, which torch does not know here",

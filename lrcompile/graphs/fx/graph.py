@@ -163,6 +163,10 @@ class FxGraph(ModuleGraph):
         """Named outputs of the program as it was given; bfloat16 comes back as float32."""
         return run(self._given, self._typed(inputs))
 
+    def pair(self) -> tuple[nn.Module, nn.Module]:
+        """The program as it was given and as it stands, as modules of plain operations."""
+        return self._given, flat(self.lowered())
+
     @cached_property
     def _given(self) -> nn.Module:
         return flat(self.given)

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from lrcompile.graphs.fx.constants import Constants
 from lrcompile.graphs.fx.flat import name_of
-from lrcompile.graphs.fx.match import aten
+from lrcompile.graphs.fx.match import aten, call_of
 from lrcompile.graphs.fx.raising import Piece, Raiser, readers, source
 from lrcompile.graphs.module_sites import Found, Reader
 from lrcompile.graphs.module_trace import span
@@ -81,7 +81,7 @@ def raised(module: fx.GraphModule, names: Mapping[Hashable, Sequence[str]]) -> R
         uses = [Use(piece.node.name, inputs.of(piece), piece.bias) for piece in group]
         uses += [Use(node.name, node.name, None, "rows") for node in survey.lookups(key)]
         frozen = survey.reason(key)
-        sites.append((LinearSite(name, first.operator, tuple(uses), first.window, _kind(first.node), frozen), group))
+        sites.append((LinearSite(name, first.operator, tuple(uses), first.window, _kind(first), frozen), group))
         roots[name] = frozenset(str(root.target) for root in survey.roots[key])
     founds = _installed(module, sites)
     for node in reversed([node for node in module.graph.nodes if node in constants]):
@@ -110,8 +110,9 @@ def _key(piece: Piece) -> object:
     return str(structure(piece.operator)), tuple(place(tensor) for _, tensor in tensors(piece.operator))
 
 
-def _kind(node: fx.Node) -> str:
-    target = node.target
+def _kind(piece: Piece) -> str:
+    """The operation that multiplies."""
+    target = next(node for node in piece.nodes if call_of(node) is not None).target
     return target._schema.name.partition("::")[2] if isinstance(target, torch._ops.OpOverload) else str(target)
 
 
@@ -260,7 +261,7 @@ def _rows(part: Tensor, whole: Tensor) -> str:
     same = part.untyped_storage()._cdata == whole.untyped_storage()._cdata and part.ndim == whole.ndim == 2
     if not same or part.stride() != whole.stride() or part.shape[1] != whole.shape[1] or not whole.is_contiguous():
         return ""
-    start = (part.storage_offset() - whole.storage_offset()) // whole.shape[1]
+    start = int(part.storage_offset() - whole.storage_offset()) // int(whole.shape[1])
     return f"rows_{start}_{start + len(part)}"
 
 
