@@ -6,7 +6,7 @@ import importlib
 import sys
 
 NAMES = ("startup", "raising", "conformance", "minilm", "latency", "smollm2", "dispatch", "compile", "regional",
-         "mcu", "mcu_planner", "mcu_conformance")  # fmt: skip
+         "mcu", "mcu_planner", "mcu_conformance", "schedule")  # fmt: skip
 
 
 def main() -> None:

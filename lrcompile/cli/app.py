@@ -217,6 +217,35 @@ def deploy(
 
 
 @app.command()
+def schedule(
+    model: Model,
+    target: Annotated[
+        str, typer.Option("--target", help="cortex-m4, cortex-m7, cortex-m33 or onnxruntime")
+    ] = "cortex-m7",
+    ram: Annotated[
+        str | None, typer.Option("--ram", help="what the plan must fit: 64KB; default: as little as found")
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option("--shape", help="a size to plan for: x=1,3,32,32, or batch=1")
+    ] = None,
+    calib: Annotated[str | None, typer.Option("--calib", help="samples of the sizes to plan for (onnxruntime)")] = None,
+    tiles: Annotated[int, typer.Option("--tiles", help="most tiles of one part (onnxruntime)")] = 8,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show how little memory activations need on a target, the plan, and why it is not less; writes nothing."""
+    given = dict(locals())
+
+    def work(tell: Any) -> shell.Answer:
+        from lrcompile.cli import scheduling
+
+        return scheduling.schedule(given, tell)
+
+    shell.verb("schedule", work, json=json, debug=debug, quiet=quiet)
+
+
+@app.command()
 def bench(
     a: Model,
     b: Annotated[str, typer.Argument(help="the model to compare with the first")],
