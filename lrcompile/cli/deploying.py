@@ -31,7 +31,7 @@ def deploy(given: dict[str, Any], tell: Progress) -> Answer:
     if given["to"] not in BACKENDS:
         raise UsageError(f"no backend '{given['to']}'", where="--to", hint=nearest(given["to"], BACKENDS))
     model, output = Path(given["model"]), Path(given["output"])
-    _check_extras(run=given["run"] is not None)
+    check_extras(run=given["run"] is not None)
     from lrcompile.backends.c import deploy as backend
 
     board = _board(given)
@@ -59,7 +59,7 @@ def deploy(given: dict[str, Any], tell: Progress) -> Answer:
 # -- options -----------------------------------------------------------------------------------------
 
 
-def _check_extras(*, run: bool) -> None:
+def check_extras(*, run: bool) -> None:
     """Names what is missing before minutes are spent.
 
     Raises:

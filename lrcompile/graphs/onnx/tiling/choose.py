@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from lrcompile.graphs.onnx.tiling.grow import Grower, Region
 from lrcompile.graphs.onnx.tiling.memory import Lives, Readers, execution
-from lrcompile.graphs.onnx.tiling.sizes import Sizes
+from lrcompile.graphs.onnx.tiling.sizes import Size, Sizes, static
 
 COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 SEEDS = 4
@@ -42,14 +42,20 @@ class Choice:
     """What was chosen.
 
     Attributes:
-        before, after: bytes alive at once, as far as the plan knows.
+        plans: ways to cut, the one with the fewest nodes first; which is best depends on the runtime.
+        before, after: bytes alive at once, if every value lived no longer than it is needed.
         reason: why it is not lower.
     """
 
-    tiles: list[Tiled] = field(default_factory=list)
+    plans: list[list[Tiled]] = field(default_factory=list)
     before: int = 0
     after: int = 0
     reason: str = ""
+
+
+def _even(count: int, rows: Size) -> int:
+    """As many tiles as are not empty."""
+    return -(-rows[0] // -(-rows[0] // count)) if static(rows) else count
 
 
 class Chooser:
@@ -68,7 +74,7 @@ class Chooser:
         self.plain = self.lives.bytes()
 
     def run(self) -> Choice:
-        """The plan with the fewest nodes among those about as low as the lowest found."""
+        """Plans that are about as low as the lowest found."""
         choice = Choice(before=max(self.plain, default=0))
         fronts: list[list[Tiled]] = []
         chosen: list[Tiled] = []
@@ -87,10 +93,21 @@ class Chooser:
             chosen.append(front[-1])
             self.grower.taken |= front[-1].region.members
             levels = self._levels(chosen)
-        chosen = self._relaxed(chosen, fronts, max(max(levels, default=0) * SLACK, self.limit))
-        choice.after = max(self._levels(chosen), default=0)
-        choice.tiles = [*chosen, *self._shared(chosen, max(choice.after, self.limit))] if chosen else []
+        if not chosen:
+            return choice
+        few = self._relaxed(list(chosen), fronts, max(max(levels, default=0) * SLACK, self.limit))
+        choice.after = max(self._levels(few), default=0)
+        limit = max(choice.after, self.limit)
+        few = [*few, *self._shared(few, limit)]
+        choice.plans = [few, [self._finest(each) for each in few]]
+        if not self.limit:
+            choice.plans.append([*chosen, *self._shared(chosen, limit)])
         return choice
+
+    def _finest(self, each: Tiled) -> Tiled:
+        """The same region in as many tiles as are allowed."""
+        count = _even(min(self.most, each.region.rows[0]), each.region.rows)
+        return Tiled(each.region, count, self._peak(each.region, count), self._work(each.region, count))
 
     def _shared(self, chosen: Sequence[Tiled], limit: int) -> Iterator[Tiled]:
         """Regions around large values of equal shapes that are still whole.
@@ -118,7 +135,7 @@ class Chooser:
             for region in self.grower.steps(seed):
                 ends = max(self.sizes.nbytes(each) for each in (*region.cut, *region.outputs))
                 count = next((each for each in COUNTS if size <= each * limit * SHARE), COUNTS[-1])
-                count = min(count, self.most, region.rows[0])
+                count = _even(min(count, self.most, region.rows[0]), region.rows)
                 if value not in region.outputs and 2 * ends <= size and self._peak(region, count) <= limit:
                     return Tiled(region, count, self._peak(region, count), self._work(region, count))
         return None
@@ -158,7 +175,7 @@ class Chooser:
 
     def _tilings(self, region: Region) -> Iterator[Tiled]:
         for count in COUNTS:
-            if count <= min(region.rows[0], self.most):
+            if count <= min(region.rows[0], self.most) and count == _even(count, region.rows):
                 yield Tiled(region, count, self._peak(region, count), self._work(region, count))
 
     def _work(self, region: Region, count: int) -> int:
