@@ -122,6 +122,17 @@ def mixer() -> onnx.ModelProto:
     return weights(_parsed(text), **shapes)
 
 
+def small_mixer() -> onnx.ModelProto:
+    """One MLP across channels: the least that can be compressed, quantised and deployed."""
+    text = """mixer (float[1, 8, 16] x) => (float[1, 8, 16] y) {
+        a = MatMul (x, w1)
+        b = Relu (a)
+        c = MatMul (b, w2)
+        y = Add (c, x)
+    }"""
+    return weights(_parsed(text), w1=(16, 64), w2=(64, 16))
+
+
 def convolutions() -> onnx.ModelProto:
     """A convolution, two 1×1 ones with a wide middle, a pooled head; the batch is free."""
     text = """net (float[batch, 3, 16, 16] x) => (float[batch, 5] y) {

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from lrcompile.graphs.onnx.constants import constant
 from lrcompile.graphs.onnx.tiling.grow import Grower, Region
 from lrcompile.graphs.onnx.tiling.memory import Lives, Readers, execution
-from lrcompile.graphs.onnx.tiling.sizes import Sizes
+from lrcompile.graphs.onnx.tiling.sizes import Size, Sizes, static
 
 COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 SEEDS = 4
 """Values, the largest ones alive at a peak, that regions are grown from."""
+SHARE = 0.125
+"""Values below this share of the peak may share memory as the runtime likes."""
 WORTH = 0.97
 """A region is taken where what it leaves is below this share of the peak."""
 SLACK = 1.05
@@ -41,14 +42,20 @@ class Choice:
     """What was chosen.
 
     Attributes:
-        before, after: bytes alive at once, as far as the plan knows.
+        plans: ways to cut, the one with the fewest nodes first; which is best depends on the runtime.
+        before, after: bytes alive at once, if every value lived no longer than it is needed.
         reason: why it is not lower.
     """
 
-    tiles: list[Tiled] = field(default_factory=list)
+    plans: list[list[Tiled]] = field(default_factory=list)
     before: int = 0
     after: int = 0
     reason: str = ""
+
+
+def _even(count: int, rows: Size) -> int:
+    """As many tiles as are not empty."""
+    return -(-rows[0] // -(-rows[0] // count)) if static(rows) else count
 
 
 class Chooser:
@@ -67,7 +74,7 @@ class Chooser:
         self.plain = self.lives.bytes()
 
     def run(self) -> Choice:
-        """The plan with the fewest nodes among those about as low as the lowest found."""
+        """Plans that are about as low as the lowest found."""
         choice = Choice(before=max(self.plain, default=0))
         fronts: list[list[Tiled]] = []
         chosen: list[Tiled] = []
@@ -86,9 +93,52 @@ class Chooser:
             chosen.append(front[-1])
             self.grower.taken |= front[-1].region.members
             levels = self._levels(chosen)
-        chosen = self._relaxed(chosen, fronts, max(max(levels, default=0) * SLACK, self.limit))
-        choice.tiles, choice.after = chosen, max(self._levels(chosen), default=0)
+        if not chosen:
+            return choice
+        few = self._relaxed(list(chosen), fronts, max(max(levels, default=0) * SLACK, self.limit))
+        choice.after = max(self._levels(few), default=0)
+        limit = max(choice.after, self.limit)
+        few = [*few, *self._shared(few, limit)]
+        choice.plans = [few, [self._finest(each) for each in few]]
+        if not self.limit:
+            choice.plans.append([*chosen, *self._shared(chosen, limit)])
         return choice
+
+    def _finest(self, each: Tiled) -> Tiled:
+        """The same region in as many tiles as are allowed."""
+        count = _even(min(self.most, each.region.rows[0]), each.region.rows)
+        return Tiled(each.region, count, self._peak(each.region, count), self._work(each.region, count))
+
+    def _shared(self, chosen: Sequence[Tiled], limit: int) -> Iterator[Tiled]:
+        """Regions around large values of equal shapes that are still whole.
+
+        ONNX Runtime gives the memory of one to the next and keeps it in between, so they are alive longer than they are
+        needed.
+        """
+        self.grower.taken = {node for each in chosen for node in each.region.nodes}
+        groups: dict[object, list[ir.Value]] = {}
+        for node in self.lives.order:
+            for value in node.outputs:
+                if self.sizes.nbytes(value) > limit * SHARE and not value.is_graph_output():
+                    groups.setdefault(self.sizes.of(value), []).append(value)
+        for values in groups.values():
+            for value in values if len(values) > 1 else ():
+                tiled = None if value.producer() in self.grower.taken else self._around(value, limit)
+                if tiled is not None:
+                    self.grower.taken |= tiled.region.members
+                    yield tiled
+
+    def _around(self, value: ir.Value, limit: int) -> Tiled | None:
+        """The smallest region that has a value inside, in tiles that are small."""
+        size = self.sizes.nbytes(value)
+        for seed in self.grower.seeds(value):
+            for region in self.grower.steps(seed):
+                ends = max(self.sizes.nbytes(each) for each in (*region.cut, *region.outputs))
+                count = next((each for each in COUNTS if size <= each * limit * SHARE), COUNTS[-1])
+                count = _even(min(count, self.most, region.rows[0]), region.rows)
+                if value not in region.outputs and 2 * ends <= size and self._peak(region, count) <= limit:
+                    return Tiled(region, count, self._peak(region, count), self._work(region, count))
+        return None
 
     def _levels(self, chosen: Sequence[Tiled]) -> list[int]:
         """Live bytes at every step, with these regions in tiles."""
@@ -125,7 +175,7 @@ class Chooser:
 
     def _tilings(self, region: Region) -> Iterator[Tiled]:
         for count in COUNTS:
-            if count <= min(region.rows[0], self.most):
+            if count <= min(region.rows[0], self.most) and count == _even(count, region.rows):
                 yield Tiled(region, count, self._peak(region, count), self._work(region, count))
 
     def _work(self, region: Region, count: int) -> int:
@@ -138,7 +188,7 @@ class Chooser:
         lives, sizes = self.lives, self.sizes
         steps = [lives.at[node] for node in region.nodes]
         first, last = min(steps), max(steps)
-        inputs = {lives.roots.get(value, value) for value in (*region.cut, *region.whole) if constant(value) is None}
+        inputs = {lives.roots.get(value, value) for value in (*region.cut, *region.whole) if not sizes.constant(value)}
         made = {lives.roots.get(value, value) for node in region.nodes for value in node.outputs}
         through = sum(
             sizes.nbytes(value)
@@ -186,13 +236,15 @@ class Chooser:
 
     def _bound(self, tiled: Tiled) -> str:
         region = tiled.region
-        names = [str(value.name) for value in (*region.cut, *region.whole, *region.outputs) if constant(value) is None]
+        names = [
+            str(value.name) for value in (*region.cut, *region.whole, *region.outputs) if not self.sizes.constant(value)
+        ]
         return f"every tile of {region.outputs[-1].name} needs {', '.join(names[:6])} beside its own rows"
 
     def _stuck(self, step: int) -> str:
         alive = self.lives.alive(step)[:3]
         told = []
         for value in alive:
-            why = self.grower.refusals.get(str(value.name))
+            why = "an output" if value.is_graph_output() else self.grower.refusals.get(str(value.name))
             told.append(f"{value.name} ({self.sizes.nbytes(value):,} B{': ' + why if why else ''})")
         return f"at {self.lives.order[step].op_type} {self.lives.order[step].outputs[0].name}: {'; '.join(told)}"

@@ -91,7 +91,8 @@ class Writer:
         """Where every tile begins, and where the last one ends."""
         if static(region.rows):
             total = region.rows[0]
-            return [self._vector([total * at // count]) for at in range(count + 1)]
+            step = -(-total // count)  # tiles of one size share their memory
+            return [self._vector([min(step * at, total)]) for at in range(count + 1)]
         key = (region.rows, count)
         if key not in self._bounds:
             source = next(value for value in region.cut if self._full(value, region))

@@ -8,7 +8,6 @@ from functools import cached_property
 
 import onnx_ir as ir
 
-from lrcompile.graphs.onnx.constants import constant
 from lrcompile.graphs.onnx.tiling.memory import Lives
 from lrcompile.graphs.onnx.tiling.rows import Axes, rows
 from lrcompile.graphs.onnx.tiling.sizes import Size, Sizes
@@ -135,7 +134,7 @@ class Grower:
             return self._refused(order[0], "a part of what it reads depends on all of its rows")
         outputs = tuple(value for value in _ordered(order) if self._escapes(value, nodes))
         size = (self.sizes.of(order[0].outputs[0]) or ())[axes[order[0].outputs[0]]]
-        computed = tuple(value for value in whole if constant(value) is None)
+        computed = tuple(value for value in whole if not self.sizes.constant(value))
         return Region(tuple(order), axes, tuple(cut), computed, outputs, size) if outputs else None
 
     def _inputs(
@@ -159,7 +158,7 @@ class Grower:
             if axes.setdefault(value, axis) != axis:
                 return f"{value.name} would be cut along two axes"
             if value not in made:
-                if constant(value) is not None and node.op_type in HEAVY:
+                if self.sizes.constant(value) and node.op_type in HEAVY:
                     return f"the weights of {node.op_type} would be cut"
                 cut[value] = None
         return ""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from lrcompile.graphs.onnx.constants import constant
 from lrcompile.graphs.onnx.tiling.sizes import Sizes
 
 VIEWS = frozenset(["Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"])
@@ -86,7 +85,7 @@ class Lives:
                 self._made(node, value, step)
 
     def _made(self, node: ir.Node, value: ir.Value, step: int) -> None:
-        if constant(value) is not None:
+        if self.sizes.constant(value):
             return
         source = node.inputs[0] if node.op_type in VIEWS and not node.domain and node.inputs else None
         root = value if source is None else self.roots.get(source, value)

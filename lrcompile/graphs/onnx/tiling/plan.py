@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -12,15 +12,17 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from lrcompile.errors import GateError, LrcompileError
 from lrcompile.graphs.base import Inputs
 from lrcompile.graphs.onnx.session import Session
-from lrcompile.graphs.onnx.tiling.choose import WORTH, Choice, Chooser
+from lrcompile.graphs.onnx.tiling.choose import SLACK, WORTH, Chooser, Tiled
 from lrcompile.graphs.onnx.tiling.emit import Writer
+from lrcompile.graphs.onnx.tiling.grow import Region
 from lrcompile.graphs.onnx.tiling.memory import peak
-from lrcompile.graphs.onnx.tiling.sizes import Sizes, free_dimensions, measured, resized
+from lrcompile.graphs.onnx.tiling.sizes import Sizes, arena, free_dimensions, measured, resized
 
 SMALLEST = (1, 3)
 """Sizes of all free dimensions in the last checks: fewer rows than tiles."""
 ROUNDING = {"float16": 1e-2, "bfloat16": 5e-2, "float64": 1e-9}
 """Largest relative L2 difference of an output; 1e-4 for float32."""
+MOST_TOLD = 8
 STALE = ("pkg.torch.onnx.fx_node", "pkg.torch.onnx.stack_trace")
 """Notes of an exporter about how often a value is used."""
 
@@ -32,7 +34,7 @@ class Tiling:
     Args:
         model: the rewritten copy; None where nothing was worth it.
         parts: name of the last value of each region, and what became of it.
-        before, after: bytes of computed values that are alive at once, in the order in which ONNX Runtime executes.
+        before, after: most bytes that ONNX Runtime requested from its arena at once, by its own count.
         reason: why it is not lower.
     """
 
@@ -55,34 +57,63 @@ def tiled(model: ir.Model, sample: Inputs, *, limit: float = 0.0, most: int = 8)
         UnsupportedError: the model does not run, or nothing can be known about its free dimensions.
         GateError: the outputs of the copy differ.
     """
-    sizes = measured(model, sample)
-    before = peak(model.graph, sizes)
-    clone = model.clone()
-    choice = Chooser(clone.graph, sizes, limit=int(limit if limit > 1 else limit * before), most=most).run()
-    if not choice.tiles:
-        reason = choice.reason or f"{before:,} B alive at once are within the limit"
-        return Tiling(None, (), before, before, reason)
-    parts = _written(clone, sizes, choice)
-    _check(model, clone, sizes)
-    after = peak(clone.graph, measured(clone, sample, vary=False))
-    if after > WORTH * before:
-        return Tiling(None, (), before, before, f"tiles would leave {after:,} of {before:,} B: {choice.reason}")
-    return Tiling(clone, parts, before, after, choice.reason)
+    sizes, before = measured(model, sample), arena(model, sample)
+    share = limit if limit <= 1 else limit / before
+    if share >= 1:
+        return Tiling(None, (), before, before, f"{before:,} bytes at once are within the limit")
+    choice = Chooser(model.graph, sizes, limit=int(share * peak(model.graph, sizes)), most=most).run()
+    tried = [_Tried(model, sizes, plan, sample) for plan in _distinct(choice.plans)]
+    if not tried:
+        return Tiling(None, (), before, before, choice.reason)
+    least = max(min(each.peak for each in tried), share * before)
+    best = next(each for each in tried if each.peak <= SLACK * least)
+    if best.peak > WORTH * before:
+        told = f"tiles would leave {best.peak:,} of {before:,} bytes, since ONNX Runtime keeps memory for later values"
+        return Tiling(None, (), before, before, f"{told}; {choice.reason}")
+    _check(model, best.model, sizes)
+    return Tiling(best.model, best.parts, before, best.peak, choice.reason)
 
 
-def _written(model: ir.Model, sizes: Sizes, choice: Choice) -> list[tuple[str, str]]:
-    writer, parts = Writer(model.graph, sizes), []
-    for each in choice.tiles:
-        region = each.region
-        kinds = ", ".join(node.op_type for node in region.nodes if node.op_type in _TELLING)
-        parts.append((str(region.outputs[-1].name), f"{each.count} tiles of {len(region.nodes)} nodes ({kinds})"))
-        writer.tile(region, each.count)
-    RemoveUnusedNodesPass()(model)
-    model.graph.sort()
-    for node in model.graph:
-        for key in STALE:
-            node.metadata_props.pop(key, None)
-    return parts
+class _Tried:
+    """A plan, written into a copy of the model, with what ONNX Runtime needs for it."""
+
+    def __init__(self, model: ir.Model, sizes: Sizes, tiles: Sequence[Tiled], sample: Inputs) -> None:
+        self.model, self.parts = model.clone(), list(map(_told, tiles))
+        regions = _moved(model.graph, self.model.graph, [each.region for each in tiles])
+        writer = Writer(self.model.graph, sizes)
+        for region, each in zip(regions, tiles, strict=True):
+            writer.tile(region, each.count)
+        RemoveUnusedNodesPass()(self.model)
+        self.model.graph.sort()
+        for node in self.model.graph:
+            for key in STALE:
+                node.metadata_props.pop(key, None)
+        self.peak = arena(self.model, sample)
+
+
+def _moved(graph: ir.Graph, clone: ir.Graph, regions: Sequence[Region]) -> Iterator[Region]:
+    """The same regions in a copy of the graph."""
+    nodes = dict(zip(graph, clone, strict=True))
+    values = dict(zip(graph.inputs, clone.inputs, strict=True))
+    values |= {value: clone.initializers[name] for name, value in graph.initializers.items()}
+    for node, copy in nodes.items():
+        values |= zip(node.outputs, copy.outputs, strict=True)
+    for region in regions:
+        ends = {name: tuple(values[value] for value in getattr(region, name)) for name in ("cut", "whole", "outputs")}
+        axes = {values[value]: axis for value, axis in region.axes.items()}
+        yield replace(region, nodes=tuple(nodes[node] for node in region.nodes), axes=axes, **ends)
+
+
+def _distinct(plans: Sequence[Sequence[Tiled]]) -> list[Sequence[Tiled]]:
+    """Plans that differ, the one with the fewest nodes first."""
+    found = {tuple((each.region.nodes, each.count) for each in plan): plan for plan in plans if plan}
+    return sorted(found.values(), key=lambda plan: sum(each.work for each in plan))
+
+
+def _told(each: Tiled) -> tuple[str, str]:
+    kinds = [node.op_type for node in each.region.nodes if node.op_type in _TELLING]
+    text = ", ".join(kinds[:MOST_TOLD]) + (", …" if len(kinds) > MOST_TOLD else "")
+    return str(each.region.outputs[-1].name), f"{each.count} tiles of {len(each.region.nodes)} nodes ({text})"
 
 
 _TELLING = ("MatMul", "Gemm", "Softmax", "Gelu", "Erf", "Relu", "Conv", "LayerNormalization", "MatMulNBits", "Einsum")

@@ -22,6 +22,7 @@ from lrcompile.calibrate import MASK_NAMES
 from lrcompile.errors import LrcompileError, UnsupportedError
 from lrcompile.graphs.base import Inputs
 from lrcompile.graphs.onnx.constants import constant
+from lrcompile.graphs.onnx.hygiene import RANDOM
 from lrcompile.graphs.onnx.session import Session
 
 Size = tuple[int, ...]
@@ -35,9 +36,7 @@ SHAPED_BY = {
     "Split": (1,), "CenterCropPad": (1,), "Upsample": (1,), "AffineGrid": (1,), "MaxUnpool": (2,),
 }  # fmt: skip
 """Inputs whose values decide the shape of the output; the axes of reductions are taken with them."""
-BY_DATA = frozenset(
-    ["NonZero", "Unique", "Compress", "NonMaxSuppression", "Loop", "If", "Scan", "StringSplit", "RandomUniform"]
-)
+BY_DATA = frozenset(["NonZero", "Unique", "Compress", "NonMaxSuppression", "Loop", "If", "Scan", "StringSplit"])
 
 
 @dataclass(eq=False)
@@ -47,11 +46,13 @@ class Sizes:
     Args:
         shapes: name of a value → its shape in each run. What depends on the data is missing.
         inputs: what was fed in each run.
+        fixed: values that are computed from constants alone; runtimes compute them once, when they load the model.
     """
 
     shapes: Mapping[str, tuple[tuple[int, ...], ...]]
     inputs: Sequence[Inputs]
     itemsize: Mapping[str, int] = field(default_factory=dict)
+    fixed: frozenset[str] = frozenset()
 
     def of(self, value: ir.Value | None) -> tuple[Size, ...] | None:
         """Every dimension of a value, None where nothing is known."""
@@ -66,14 +67,18 @@ class Sizes:
             return None
         return tuple(zip(*found, strict=True)) if found[0] else ()
 
+    def constant(self, value: ir.Value) -> bool:
+        """Whether a value is the same in every run."""
+        return str(value.name) in self.fixed or constant(value) is not None
+
     def rank(self, value: ir.Value | None) -> int | None:
         """Number of dimensions."""
         found = self.of(value)
         return None if found is None else len(found)
 
     def nbytes(self, value: ir.Value) -> int:
-        """Bytes of a computed value in the first run; 0 where nothing is known."""
-        found = self.shapes.get(str(value.name))
+        """Bytes of a computed value in the first run; 0 where nothing is known, or it is fixed."""
+        found = None if str(value.name) in self.fixed else self.shapes.get(str(value.name))
         return 0 if found is None else prod(found[0]) * self.itemsize.get(str(value.name), 4)
 
 
@@ -103,7 +108,7 @@ def measured(model: ir.Model, sample: Inputs, *, vary: bool = True) -> Sizes:
     fed = {name: tuple(tuple(run[name].shape) for run in runs) for name in sample}
     shapes = {name: tuple(shapes[name] for shapes, _ in traces) for name in names}
     sizes = {name: array.dtype.itemsize for name, array in sample.items()}
-    return Sizes({**shapes, **fed}, runs, {**traces[0][1], **sizes})
+    return Sizes({**shapes, **fed}, runs, {**traces[0][1], **sizes}, _fixed(model.graph))
 
 
 def free_dimensions(model: ir.Model) -> dict[tuple[str, int], str]:
@@ -165,7 +170,7 @@ def _trace(model: ir.Model, inputs: Inputs) -> tuple[dict[str, tuple[int, ...]],
         outputs[node.name] = [str(value.name) for value in node.outputs if value.name]
     shapes: dict[str, tuple[int, ...]] = {}
     items: dict[str, int] = {}
-    for event in _profiled(Session, graph, model, inputs):
+    for event in _profiled(graph, model, inputs, plain=True):
         name = event["name"].removesuffix("_kernel_time")
         given = event.get("args", {}).get("output_type_shape")
         if name in outputs and given is not None and len(given) == len(outputs[name]):
@@ -180,11 +185,41 @@ _ITEMS = {"float": 4, "double": 8, "float16": 2, "int64": 8, "int32": 4, "int16"
           "uint16": 2, "uint32": 4, "uint64": 8, "bfloat16": 2}  # fmt: skip
 
 
-def _profiled(make: type[Session], graph: ir.Graph, like: ir.Model, inputs: Inputs) -> list[dict[str, Any]]:
+def _profiled(graph: ir.Graph, like: ir.Model, inputs: Inputs, *, plain: bool) -> list[dict[str, Any]]:
+    """What ONNX Runtime writes down about every node of one run."""
     with tempfile.TemporaryDirectory() as folder:
-        session = make(graph, like, profile=str(Path(folder) / "run"))
+        path = str(Path(folder) / "run")
+        session = Session(graph, like, threads=1, profile=path, plain=plain, arena=not plain)
         session.run(inputs)
-        return json.loads(Path(session.session.end_profiling()).read_text(encoding="utf-8"))
+        events = json.loads(Path(session.session.end_profiling()).read_text(encoding="utf-8"))
+    return [event for event in events if event.get("cat") == "Node"]
+
+
+def arena(model: ir.Model, inputs: Inputs) -> int:
+    """Most bytes requested from ONNX Runtime's arena and not given back, at once, in a run of the optimised model.
+
+    Raises:
+        UnsupportedError: it does not run, or this version has no statistics.
+    """
+    steps = [event["args"] for event in _profiled(model.graph.clone(), model, inputs, plain=False)]
+    if not steps or _IN_USE not in steps[0]:
+        raise UnsupportedError("this version of ONNX Runtime counts no memory", hint="upgrade onnxruntime")
+    before = int(steps[0][_IN_USE]) - int(steps[0][_CHANGE])
+    return max(int(step[_IN_USE]) for step in steps) - before
+
+
+_IN_USE, _CHANGE = "mem_bytes_requested_in_use", "mem_requested_in_use_delta"
+
+
+def _fixed(graph: ir.Graph) -> frozenset[str]:
+    """Names of the values that are computed from constants alone."""
+    fixed: set[str] = set()
+    for node in graph:
+        given = [value for value in node.inputs if value is not None]
+        plain = not node.domain and node.op_type not in RANDOM and node.op_type not in BY_DATA
+        if plain and given and all(str(value.name) in fixed or constant(value) is not None for value in given):
+            fixed.update(str(value.name) for value in node.outputs)
+    return frozenset(fixed)
 
 
 def _loose(graph: ir.Graph) -> set[str]:
