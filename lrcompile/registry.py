@@ -15,6 +15,7 @@ PASSES = {
     "exact-low-rank": "lrcompile.passes.exact_low_rank:ExactLowRank",
     "conv-low-rank": "lrcompile.passes.conv_low_rank:ConvLowRank",
     "low-rank": "lrcompile.passes.low_rank:LowRank",
+    "schedule-memory": "lrcompile.passes.schedule_memory:ScheduleMemory",
 }
 BACKENDS = {
     "onnxruntime": "lrcompile.backends.onnxruntime:OnnxRuntime",
