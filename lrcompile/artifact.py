@@ -221,9 +221,9 @@ def save_result(result: Any, folder: str | Path, *, force: bool = False) -> Path
     from lrcompile.report import html_text, json_text
 
     folder = _made(Path(folder))
-    suffix = SUFFIXES.get(result.graph.kind)
-    stem = "report" if suffix is None else "model.report"
-    with AtomicSet(folder / (TARGET if suffix is None else f"model{suffix}"), force=force) as files:
+    suffixes = SUFFIXES.get(result.graph.kind)
+    stem = "report" if suffixes is None else "model.report"
+    with AtomicSet(folder / (TARGET if suffixes is None else f"model{suffixes[0]}"), force=force) as files:
         backend_for(result.graph).build(result.graph, out=files)
         files.stage(f"{stem}.json").write_text(json_text(result.report), encoding="utf-8")
         files.stage(f"{stem}.html").write_text(html_text(result.report), encoding="utf-8")
