@@ -34,10 +34,9 @@ def target_of(graph: Graph, out: Path | None) -> Path | None:
         UsageError: its name is that of another kind of model.
     """
     known = SUFFIXES.get(graph.kind, ())
-    if out is not None and out.suffix in set().union(*SUFFIXES.values()) and out.suffix not in known:
-        hint = f"give a name that ends in {known[0]}" if known else "give the name of a folder"
+    if out is not None and known and out.suffix in set().union(*SUFFIXES.values()) and out.suffix not in known:
         what = f"a model of kind '{graph.kind}' is not written to a {out.suffix} file"
-        raise UsageError(what, where=str(out), hint=hint)
+        raise UsageError(what, where=str(out), hint=f"give a name that ends in {known[0]}")
     return out if out is None or known else out / "lrcompile.json"
 
 
