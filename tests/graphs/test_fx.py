@@ -119,6 +119,24 @@ def test_what_is_read_by_others_stays():
         graph.replace(found["one"], factors(8, 8, 2))
 
 
+def test_regions_of_their_own_are_listed_and_can_be_taken_apart():
+    class Region(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.outside = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = self.inside(x)
+            return self.outside(y.float())
+
+    program = exported(Region(), torch.randn(2, 8))
+    found = sites(FxGraph(program))
+    assert "run_decompositions" in found["inside"].frozen and not found["outside"].frozen
+    apart = sites(FxGraph(program.run_decompositions({})))
+    assert not apart["inside"].frozen and apart["inside"].kind == "linear"
+
+
 # -- replacing -------------------------------------------------------------------------------
 
 
