@@ -113,6 +113,36 @@ def test_latency_is_a_budget_too():
     assert sum(tensor.numel() for tensor in result.model.state_dict.values()) < 2 * 384 * 384
 
 
+class Wasteful(torch.nn.Module):
+    """An un-merged adapter, a weight of low rank, and two layers with nothing between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.low = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
+        self.a, self.b = torch.nn.Linear(32, 4, bias=False), torch.nn.Linear(4, 32, bias=False)
+        self.first, self.second = torch.nn.Linear(32, 48, bias=False), torch.nn.Linear(48, 32)
+        with torch.no_grad():
+            self.low.weight.copy_(torch.randn(32, 3) @ torch.randn(3, 32) / 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(self.base(x) + 0.5 * self.b(self.a(x)))
+        return self.second(self.first(self.low(y).relu()))
+
+
+def test_exact_passes_need_no_budget():
+    torch.manual_seed(0)
+    program = exported(Wasteful(), torch.randn(3, 5, 32))
+    data = [{"x": np.random.default_rng(0).standard_normal((4, 5, 32)).astype(np.float32)}]
+    result = lrcompile.optimize(program, evaluation=data, options=Options(latency=False))
+    assert result.report.status == "ok" and result.report.drift.relative_l2 < 1e-6
+    assert [record.rewritten for record in result.report.passes] == [0, 2, 1]
+    assert sorted(result.model.state_dict) == [
+        "base.bias", "base.weight", "first.weight", "low.bias", "low.factors.left.weight", "low.factors.right.weight",
+        "second.bias",
+    ]  # fmt: skip
+    assert result.report.after.parameters == 2 * 32 * 32 + 2 * 3 * 32 + 3 * 32
+
+
 @dataclass(frozen=True)
 class Wrong(GraphPass):
     """Claims to be exact, and halves a weight."""

@@ -184,7 +184,7 @@ def test_one_part_of_a_packed_weight():
     built = Exported().build(graph)
     close(built.run(feeds), before)
     assert "across.in_proj_weight" not in built.model.state_dict
-    assert built.model.state_dict[f"{first.name}.factors.weight"].shape == first.shape
+    assert built.model.state_dict[f"{first.name}.weight"].shape == first.shape
     assert built.parameters == graph.parameters + 16 * 16
 
 

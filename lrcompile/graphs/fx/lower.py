@@ -97,9 +97,8 @@ class Editor:
             value = held(program, str(spec.target)) if spec.kind in HELD else None
             if isinstance(value, Tensor):
                 self.inputs.setdefault(place(value), self.nodes[node.name])
-        self.fakes: dict[str, Tensor] = {}
         self.touched: set[int] = set()  # storages that lost a reader
-        self.traces: dict[object, fx.GraphModule] = {}
+        self.wanted: dict[str, str] = {}  # names that new inputs should have, once others are gone
 
     # -- one layer -------------------------------------------------------------------------
 
@@ -167,6 +166,7 @@ class Editor:
                 node.meta["val"] = self.mode.from_tensor(tensor, static_shapes=True)
             self.state[target] = tensor
             self.inputs[key] = node
+            self.wanted[node.name] = f"{site}.{name.replace('factors.weight', 'weight')}"
         return self.inputs[key]
 
     def _free(self, target: str) -> str:
@@ -219,6 +219,7 @@ class Editor:
     def finish(self) -> ExportedProgram:
         """The new program, without the stored tensors that lost their last reader."""
         self._forget()
+        self._rename()
         nodes = self.graph.find_nodes(op="placeholder")
         signature = ExportGraphSignature([self.specs[node.name] for node in nodes], self._outputs())
         module = fx.GraphModule(self.program.graph_module, self.graph)
@@ -237,6 +238,17 @@ class Editor:
         )
         made._guards_code = list(self.program._guards_code)
         return made
+
+    def _rename(self) -> None:
+        """A whole matrix or a bias takes the name of what it came for, where that is free now."""
+        names, taken = dict[str, str](), self.state.keys() | self.constants.keys()
+        for node, target in self.wanted.items():
+            spec = self.specs[node]
+            if target not in taken:
+                names[str(spec.target)] = target
+                taken.add(target)
+                self.specs[node] = replace(spec, target=target)
+        self.state = {names.get(name, name): tensor for name, tensor in self.state.items()}
 
     def _outputs(self) -> list[OutputSpec]:
         """The outputs under the names that their nodes have now."""
