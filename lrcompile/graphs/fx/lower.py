@@ -19,7 +19,7 @@ from lrcompile.errors import UnsupportedError
 from lrcompile.graphs.fx.flat import HELD, held, placeholders
 from lrcompile.graphs.fx.sites import FxReader
 from lrcompile.graphs.structured import Pool, Structured, StructuredConv, StructuredLinear, place
-from lrcompile.linop import Choose, LinearOperator, same
+from lrcompile.linop import Choose, LinearOperator, same, structure
 from lrcompile.linop.dense import choose
 from lrcompile.linop.tree import map_children
 
@@ -98,6 +98,7 @@ class Editor:
             if isinstance(value, Tensor):
                 self.inputs.setdefault(place(value), self.nodes[node.name])
         self.touched: set[int] = set()  # storages that lost a reader
+        self.traces: dict[object, fx.GraphModule] = {}
         self.wanted: dict[str, str] = {}  # names that new inputs should have, once others are gone
 
     # -- one layer -------------------------------------------------------------------------
@@ -117,6 +118,12 @@ class Editor:
         self.nodes[name] = new
 
     def _traced(self, each: Placed, x: fx.Node, leaves: Mapping[str, fx.Node]) -> fx.GraphModule:
+        key = _form(each.layer, x.meta["val"], list(leaves))
+        if key not in self.traces:
+            self.traces[key] = self._trace(each, x, leaves)
+        return self.traces[key]
+
+    def _trace(self, each: Placed, x: fx.Node, leaves: Mapping[str, fx.Node]) -> fx.GraphModule:
         names = list(leaves)
 
         def forward(value: Tensor, *tensors: Tensor) -> Tensor:
@@ -268,6 +275,14 @@ class Editor:
                 self.graph.erase_node(node)
                 self.state.pop(str(spec.target), None)
                 self.constants.pop(str(spec.target), None)
+
+
+def _form(layer: Structured, x: Tensor, names: Sequence[str]) -> object:
+    """Equal for layers that are traced into the same operations."""
+    leaves = tuple((str(tensor.dtype), tensor.stride(), tensor.requires_grad) for tensor in layer.state_dict().values())
+    window = layer.window if isinstance(layer, StructuredConv) else None
+    shape = str((tuple(x.shape), x.stride(), x.storage_offset(), x.dtype, x.requires_grad))
+    return structure(layer.operator), window, tuple(names), leaves, shape
 
 
 def _fake_mode(program: ExportedProgram) -> FakeTensorMode:
