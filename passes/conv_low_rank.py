@@ -76,26 +76,36 @@ class ConvLowRank(LinearPass):
                     yield self._proposal(form, site, context, fit, ranks)
 
     def _proposal(self, form: str, site: LinearSite, context: Context, fit: _Fit, ranks: tuple[int, ...]) -> Proposal:
-        new = _replacement(site, fit, ranks)
+        new, matrix = _replacement(site, fit, ranks)
         # the moments that a form was fitted to are damped: what the data tell counts where it is worse
-        error = max(fit.error(*ranks), context.error(site, new.operator, new.shift))
+        error = max(fit.error(*ranks), context.error(site, Dense(matrix), new.shift))
         places = fit.places
 
         def build() -> dict[str, Replacement]:  # moments of patches are large: nothing of a fit is kept
-            return {site.name: _replacement(site, _Fit.of(self, site, context, places, ranks[0]), ranks)}
+            return {site.name: _replacement(site, _Fit.of(self, site, context, places, ranks[0]), ranks)[0]}
 
         label = f"{form} {'×'.join(map(str, ranks))}"
         cost = site_cost(site, new.operator)
         return Proposal((site.name,), error, cost, build, label=label, source=self.name, rank=ranks[0])
 
 
-def _replacement(site: LinearSite, fit: _Fit, ranks: tuple[int, ...]) -> Replacement:
+def _replacement(site: LinearSite, fit: _Fit, ranks: tuple[int, ...]) -> tuple[Replacement, Tensor]:
+    """What stands for a kernel, and its matrix."""
     held = storage_dtype(site.operator)
-    operator = _expression(fit.places, *(factor.to(held).contiguous() for factor in fit.factors(*ranks)))
+    factors = [factor.to(held).contiguous() for factor in fit.factors(*ranks)]
+    operator, matrix = _expression(fit.places, *factors), _matrix(fit.places, *(factor.double() for factor in factors))
     if fit.mean is None:
-        return Replacement(operator)
-    lost = (densify(site.operator).double() - densify(operator).double()) @ fit.mean
-    return Replacement(operator, lost.to(held))
+        return Replacement(operator), matrix
+    lost = (densify(site.operator).double() - matrix) @ fit.mean
+    return Replacement(operator, lost.to(held)), matrix
+
+
+def _matrix(places: int, *factors: Tensor) -> Tensor:
+    """The matrix of :func:`_expression`, channel by channel: ``Kron`` alone would be many times larger."""
+    *outer, right = factors
+    left = outer[0] if len(outer) == 1 else outer[0] @ outer[1]
+    split = left.reshape(len(left), len(right), places).mT @ right  # (out, places, in)
+    return split.mT.reshape(len(left), -1)
 
 
 def _expression(places: int, *factors: Tensor) -> LinearOperator:
