@@ -22,7 +22,9 @@ from lrcompile.errors import GateError, UsageError
 from lrcompile.frontend import open_graph
 from lrcompile.graphs.fx.graph import FxGraph
 from lrcompile.graphs.module import ModuleGraph
+from lrcompile.graphs.module_time import both
 from lrcompile.graphs.onnx.graph import OnnxGraph
+from lrcompile.graphs.structured import Structured
 from lrcompile.linop import densify
 from lrcompile.rewrite import GraphPass, Rewritten
 from tests.e2e.running import PROBED, decided, held, images, run, sha
@@ -101,16 +103,15 @@ def test_a_plan_without_changes(digits: zoo.ZooModel, program: ExportedProgram):
         )  # fmt: skip
 
 
-def test_latency_is_a_budget_too():
-    """What is timed are the program's own operations, as it came and as it is written."""
-    torch.manual_seed(0)
-    wide = torch.nn.Sequential(torch.nn.Linear(384, 384), torch.nn.ReLU(), torch.nn.Linear(384, 384))
-    data = [{"input": np.random.default_rng(seed).standard_normal((128, 384)).astype(np.float32)} for seed in range(6)]
-    options = Options(max_drift=10.0, seconds=0.1, threads=1, latency_batch=128, settings=Settings(probes=False))
-    program = torch.export.export(wide, (torch.randn(3, 384),), dynamic_shapes=({0: torch.export.Dim("n", max=4096)},))
-    result = lrcompile.optimize(program, Budget(latency=0.75), calibration=data, options=options)
-    assert 0.4 < result.report.ratio.latency < 0.85
-    assert sum(tensor.numel() for tensor in result.model.state_dict.values()) < 2 * 384 * 384
+def test_what_is_timed_are_the_programs_own_operations(digits: zoo.ZooModel, program: ExportedProgram):
+    graph = FxGraph(program)
+    site = next(site for site in graph.linear_sites() if min(site.shape) > 16)
+    graph.replace(site, lrcompile.low_rank(torch.ones(site.shape[0], 2), torch.ones(2, site.shape[1])))
+    before, after = both(graph)
+    feeds = {name: torch.from_numpy(value) for name, value in held(digits, 3).items()}
+    for module, wanted in ((before, program), (after, graph.lowered())):
+        assert not any(isinstance(each, Structured) for each in module.modules())
+        torch.testing.assert_close(module(**feeds)["output"], wanted.module()(*feeds.values()))
 
 
 class Wasteful(torch.nn.Module):
