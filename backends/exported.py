@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import IO, Any, ClassVar
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 
 from lrcompile.errors import UnsupportedError
-from lrcompile.files import AtomicSet, system_error
+from lrcompile.files import AtomicSet
 from lrcompile.graphs.base import Graph, Inputs, Outputs
 from lrcompile.graphs.fx.flat import flat, input_specs, output_names, stored, typed
 from lrcompile.graphs.fx.graph import FxGraph
@@ -89,12 +90,48 @@ class Exported(Backend):
             return ExportedModel(program, None)
         if out.target.suffix == ".onnx":
             return _onnx(program, out.path)
-        try:
-            with open(out.path, "wb") as stream:  # a path would put its temporary name into the archive
-                torch.export.save(program, stream)
-        except RuntimeError as error:  # torch's writer has no error of its own for a full disk
-            raise system_error(error, out.path) from error
+        with open(out.path, "wb") as stream:  # a path would put its temporary name into the archive
+            _save(program, stream)
         return ExportedModel(program, out.target)
+
+
+def _save(program: ExportedProgram, stream: IO[bytes]) -> None:
+    sink: Any = _Sink(stream)
+    try:
+        torch.export.save(program, sink)
+    except Exception as error:  # torch raises anything
+        if sink.error is None:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            raise UnsupportedError(f"torch.export.save cannot write the program: {reason}") from error
+    if sink.error is not None:
+        raise sink.error
+
+
+class _Sink(io.RawIOBase):
+    """Keeps an error of writing for later: torch's writer would end the whole process on it."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream = stream
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """torch goes back to the start when all is written."""
+        return offset if self.error is not None else self.stream.seek(offset, whence)
+
+    def write(self, data: Any) -> int:
+        """Takes everything; after an error it goes nowhere."""
+        if self.error is None:
+            try:
+                self.stream.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
 
 
 def _onnx(program: ExportedProgram, path: Path) -> OnnxGraph:

@@ -28,7 +28,7 @@ from lrcompile.graphs.structured import Structured
 from lrcompile.linop import densify
 from lrcompile.rewrite import GraphPass, Rewritten
 from tests.e2e.running import PROBED, decided, held, images, run, sha
-from tests.e2e.tool import Cli
+from tests.e2e.tool import Cli, process
 from tests.graphs.exported import exported
 
 LOOSE = Options(latency=False, max_drift=10.0, settings=Settings(probe_samples=8))
@@ -240,3 +240,17 @@ def test_wrong_uses(cli: Cli, folder: Path, file: Path):
         assert error["code"] == 3 and error["where"].endswith("broken.pt2") and error["hint"]
     (folder / "broken.pt2").unlink()
     assert sorted(folder.iterdir()) == files
+
+
+LIMITED = """import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (13_000, 13_000))
+from lrcompile.cli import main
+main()"""
+
+
+def test_full_disk(cli: Cli, folder: Path):
+    before = sorted(folder.iterdir())
+    words = ("optimize", "model.pt2", "--keep", "0.8", "--data-free", "-o", "out.pt2", "--json")
+    said = process(*words, folder=folder, code=LIMITED, PYTHONDONTWRITEBYTECODE="1")
+    assert said.code == 7 and "cannot write: File too large" in said.json["error"]["message"]
+    assert sorted(folder.iterdir()) == before
