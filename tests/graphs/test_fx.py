@@ -148,7 +148,7 @@ def test_the_program_computes_what_the_expressions_do(make: Any):
     for site in graph.linear_sites():
         if not site.frozen and min(site.shape) > 1:
             graph.replace(site, whole(site.operator))
-    built = Exported().build(graph)
+    built: Any = Exported().build(graph)
     close(built.run(feeds), before)
     assert str(program.graph) == text and graph.run(feeds).keys() == before.keys()
     again = built.model.module()
@@ -162,7 +162,7 @@ def test_dense_weights_are_gone_and_names_stay():
     graph = FxGraph(program)
     for name in ("itself.in_proj", "up", "again", "down"):
         graph.replace(sites(graph)[name], factors(*sites(graph)[name].shape, 3))
-    built = Exported().build(graph)
+    built: Any = Exported().build(graph)
     held = built.model.state_dict
     assert "itself.in_proj_weight" not in held and "up.weight" not in held and "again.weight" not in held
     assert held["up.factors.left.weight"].shape == (32, 3) and held["up.bias"] is program.state_dict["up.bias"]
@@ -181,7 +181,7 @@ def test_one_part_of_a_packed_weight():
     first, second = [site for site in graph.linear_sites() if site.name.startswith("across.in_proj")]
     before = graph.run(feeds)
     graph.replace(second, whole(second.operator))
-    built = Exported().build(graph)
+    built: Any = Exported().build(graph)
     close(built.run(feeds), before)
     assert "across.in_proj_weight" not in built.model.state_dict
     assert built.model.state_dict[f"{first.name}.weight"].shape == first.shape
@@ -194,7 +194,7 @@ def test_shared_leaves_are_stored_once_and_shifts_added():
     shared = Dense(torch.randn(3, 12) / 4)
     for name in ("mm", "matmul", "linear"):
         graph.replace(sites(graph)[name], Product(Dense(torch.randn(12, 3) / 2), shared), torch.ones(12))
-    built = Exported().build(graph)
+    built: Any = Exported().build(graph)
     assert sum(tensor.shape == (3, 12) for tensor in built.model.state_dict.values()) == 1
     with graph.as_given():
         before = graph.run(feeds)
@@ -212,7 +212,7 @@ def test_rolling_back():
     graph.replace(sites(graph)["up"], factors(32, 16, 2))
     assert Exported().build(graph).parameters != graph.parameters
     graph.rollback(mark)
-    built = Exported().build(graph)
+    built: Any = Exported().build(graph)
     assert built.model is program
     close(built.run(feeds), before, 0)
 
