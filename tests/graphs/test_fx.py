@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lrcompile.backends.exported import Exported
 from lrcompile.errors import InvalidInputError, UnsupportedError, UsageError
+from lrcompile.files import AtomicSet
 from lrcompile.frontend import open_graph
 from lrcompile.graphs.base import Replacement
 from lrcompile.graphs.fx.flat import stored
@@ -215,6 +217,22 @@ def test_rolling_back():
     built: Any = Exported().build(graph)
     assert built.model is program
     close(built.run(feeds), before, 0)
+
+
+def test_names_of_packed_parts_reach_onnx_and_modules(tmp_path: Path):
+    _, program, feeds = attending()
+    graph = FxGraph(program)
+    names = {site.name for site in graph.linear_sites() if not site.frozen}
+    for name in names:
+        graph.replace(sites(graph)[name], factors(*sites(graph)[name].shape, 3))
+    model = Exported().build(graph).model
+    ids, memory = (torch.from_numpy(feeds[name]) for name in ("ids", "memory"))
+    wanted = model.module()(ids, memory=memory)
+    torch.testing.assert_close(torch.export.unflatten(model)(ids, memory=memory), wanted)
+    with AtomicSet(tmp_path / "small.onnx") as files:
+        found = Exported().build(graph, out=files)
+        assert names <= {site.name for site in found.linear_sites()}  # type: ignore[union-attr]
+        close(found.run(feeds), {"output": wanted[0].detach().numpy(), "output_1": wanted[1].detach().numpy()}, 1e-4)
 
 
 # -- measuring -------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ class Editor:
         leaves = {name: self._input(each.site, name, tensor) for name, tensor in held.items()}
         traced = self._traced(each, x, leaves)
         with self.graph.inserting_before(end):
-            new = self._inlined(traced, [x, *leaves.values()], end)
+            new = self._inlined(traced, [x, *leaves.values()], end, _origin(end, each.site))
         end.replace_all_uses_with(new)
         name = end.name
         self._drop(end)
@@ -137,7 +137,9 @@ class Editor:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise UnsupportedError(f"{each.layer.operator!r} cannot be exported: {reason}", where=each.site) from error
 
-    def _inlined(self, traced: fx.GraphModule, operands: Sequence[fx.Node], end: fx.Node) -> fx.Node:
+    def _inlined(
+        self, traced: fx.GraphModule, operands: Sequence[fx.Node], end: fx.Node, meta: Mapping[str, Any]
+    ) -> fx.Node:
         """Copies the traced operations before the insertion point."""
         traced.graph.eliminate_dead_code()
         copies: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
@@ -147,10 +149,7 @@ class Editor:
             if node.op != "call_function":
                 raise UnsupportedError(f"holds a constant of its own ({node.target})", where=end.name)
             made = self.graph.node_copy(node, lambda each: copies[each])
-            made.meta = {
-                **{k: v for k, v in end.meta.items() if k not in ("val", "tensor_meta")},
-                "val": node.meta["val"],
-            }
+            made.meta = {**meta, "val": node.meta["val"]}
             copies[node] = made
         (result,) = (node.args[0] for node in traced.graph.nodes if node.op == "output")
         new = copies[result]  # type: ignore[index]
@@ -275,6 +274,15 @@ class Editor:
                 self.graph.erase_node(node)
                 self.state.pop(str(spec.target), None)
                 self.constants.pop(str(spec.target), None)
+
+
+def _origin(end: fx.Node, site: str) -> dict[str, Any]:
+    """What is noted at new nodes: all that the old one had but its value, and the site as their module."""
+    meta = {key: value for key, value in end.meta.items() if key not in ("val", "tensor_meta")}
+    stack = dict(meta.get("nn_module_stack") or {})
+    if stack and not any(path == site for path, _ in stack.values()):
+        meta["nn_module_stack"] = {**stack, f"lrcompile_{site}": (site, "torch.nn.modules.linear.Linear")}
+    return meta
 
 
 def _form(layer: Structured, x: Tensor, names: Sequence[str]) -> object:

@@ -11,7 +11,7 @@ _GENERATED = re.compile(
     r"^(onnx::|val_|_?t?_?\d+$|[A-Za-z]+_\d+$|const(ant)?s?(_\w*)?$)"  # exporters' counters
     r"|(^|/)[A-Z][A-Za-z]*(_\d+)?_output_\d+$"  # what a node computes
 )
-_PART = re.compile(r"(\.(left|right|term\d+|part\d+))+(_\d+)?$")  # what lowering adds to the name of a site
+_PART = re.compile(r"(\.factors)?(\.(left|right|term\d+|part\d+))+(_\d+)?$")  # what lowering adds to the name of a site
 _OPERATORS = ("MatMul", "Gemm", "Conv", "linear", "matmul", "addmm", "conv2d", "conv1d", "mm")
 
 
