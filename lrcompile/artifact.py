@@ -55,7 +55,7 @@ def save(
     graph = model if isinstance(model, ModuleGraph) else None
     module = model.model if isinstance(model, ModuleGraph) else model
     if not isinstance(module, nn.Module):
-        hint = "an ONNX graph is written by the backend 'onnxruntime'"
+        hint = "torch.export.save writes an exported program, the backend 'onnxruntime' an ONNX graph"
         raise UsageError(f"cannot save a {type(model).__name__}", hint=hint)
     folder = _made(Path(folder))
     origin = source if source is not None else graph.path if graph else None
