@@ -7,7 +7,7 @@ Bounds, in units of the output code, of the distance to real arithmetic on the s
 
 * :func:`requantise` and :func:`add` (linear maps, products, sums of two): 1/2 + 1/100;
 * :func:`softmax`: 1/2 + 1/64;
-* :func:`layer_norm`: 1/2 + (|z| + 1) 2^-16 |gain| / output scale + 1/1000, z the normalised value;
+* :func:`layer_norm`: 1/2 + (|z| + 1) 2^-16 |gain| / output scale + 1/128, z the normalised value;
 * a table (:func:`table`): 1/2, the rounding itself.
 """
 
@@ -21,6 +21,9 @@ import numpy as np
 
 LOW, HIGH = -128, 127
 MULTIPLIER_BITS = 31
+SHIFT_STEPS = (8, 4)
+"""Shifts are multiples of these, so that layers share kernels: where a multiplier is one number, and where channels
+have their own. It costs a multiplier fewer of its bits than that."""
 SOFTMAX_BITS = 30  # of a row's sum
 RECIPROCAL_BITS = 31
 NORM_BITS = 16  # fraction of a normalised value
@@ -68,7 +71,7 @@ class Scaling:
     """``(value * multiplier + offset) >> shift``: multiplication by a real number, plus the zero, rounded half up.
 
     Args:
-        multiplier: int32, one or one per channel; the largest has 31 bits.
+        multiplier: int32, one or one per channel; the largest has at least 24 bits, or 28.
         offset: int64, half of the last place and the zero of the output.
     """
 
@@ -81,9 +84,14 @@ class Scaling:
         """For ``value * ratio + zero``; ``ratio`` is positive, below 2^30 and not all zero."""
         ratio = np.asarray(ratio, np.float64)
         shift = MULTIPLIER_BITS - math.frexp(float(ratio.max()))[1]
-        shift = min(shift, 54)  # the zero, at most 128, is shifted as far
+        shift = _even(min(shift, 54), SHIFT_STEPS[ratio.size > 1])  # the zero, at most 128, is shifted as far
         multiplier = np.minimum(np.rint(np.ldexp(ratio, shift)), 2**MULTIPLIER_BITS - 1).astype(np.int32)
         return cls(multiplier, shift, (zero << shift) + (1 << (shift - 1) if shift else 0))
+
+
+def _even(shift: int, step: int) -> int:
+    """A shift rounded down to a multiple, where it is not too short for that."""
+    return shift - shift % step if shift >= 2 * step else shift
 
 
 def requantise(total: np.ndarray, scaling: Scaling) -> np.ndarray:
@@ -189,7 +197,8 @@ class LayerNorm:
     Args:
         epsilon: in units of the variance times count^2, shifted likewise.
         root_shift: the variance is shifted left by twice this before its root is taken.
-        gain: int32 per channel; shift: int64 per channel, with the zero and the rounding.
+        gain: int32 per channel; a product with it is shifted by ``product_shift``.
+        offset: int32 per channel, with the zero and the rounding; ``shift`` bits of it are a fraction.
     """
 
     count: int
@@ -197,6 +206,7 @@ class LayerNorm:
     root_shift: int
     gain: np.ndarray
     offset: np.ndarray
+    product_shift: int
     shift: int
 
     @classmethod
@@ -207,12 +217,13 @@ class LayerNorm:
         root_shift = max(30 - math.frexp(most)[1], 0)
         ratio = gain.astype(np.float64) / out.step
         largest = max(float(np.abs(ratio).max()), 2.0**-20)
-        fraction = 30 - max(math.frexp(largest)[1], 0)
-        shift = fraction + NORM_BITS
-        offset = np.rint(np.ldexp(bias.astype(np.float64) / out.step + out.zero, shift)) + 2 ** (shift - 1)
+        fraction = _even(30 - max(math.frexp(largest)[1], 0), SHIFT_STEPS[0])
+        shift = max(fraction + NORM_BITS - 32, 8)  # where it can be the upper word of a product is taken
+        shifted = bias.astype(np.float64) / out.step + out.zero
+        offset = np.clip(np.rint(np.ldexp(shifted, shift)) + 2 ** (shift - 1), -(2**30), 2**30).astype(np.int32)
         fixed = np.rint(np.ldexp(ratio, fraction)).astype(np.int32)
         small = round(math.ldexp(epsilon * (count / code.step) ** 2, 2 * root_shift))
-        return cls(count, small, root_shift, fixed, offset.astype(np.int64), shift)
+        return cls(count, small, root_shift, fixed, offset, fraction + NORM_BITS - shift, shift)
 
     @property
     def reciprocal_bits(self) -> int:
@@ -236,4 +247,5 @@ def layer_norm(codes: np.ndarray, how: LayerNorm) -> np.ndarray:
     reciprocal = (np.int64(1) << how.reciprocal_bits) // root
     centred = wide * np.int32(how.count) - total
     normal = (centred.astype(np.int64) * reciprocal) >> (30 - NORM_BITS)
-    return np.clip((normal * how.gain + how.offset) >> how.shift, LOW, HIGH).astype(np.int8)
+    scaled = ((normal * how.gain) >> how.product_shift) + how.offset
+    return np.clip(scaled >> how.shift, LOW, HIGH).astype(np.int8)

@@ -58,10 +58,14 @@ class Lowered:
 
 
 class Lowering:
-    """Lowers one nest. Parameters are numbered, so that nests of equal structure become the same text."""
+    """Lowers one nest. Parameters are numbered, so that nests of equal structure become the same text.
 
-    def __init__(self, nest: Nest, symbol: str) -> None:
-        self.nest, self.symbol = nest, symbol
+    Args:
+        short: one result at a time and no loop unrolled, for a nest whose bytes count for more than its time.
+    """
+
+    def __init__(self, nest: Nest, symbol: str, *, short: bool = False) -> None:
+        self.nest, self.symbol, self.short = nest, symbol, short
         self.shapes = nest.formulas
         self.buffers: dict[str, Any] = {}
         self.pointers: dict[str, Any] = {}
@@ -111,7 +115,7 @@ class Lowering:
         part = node.part
         if part.body is None:
             return [self._plain(node, part, env)]
-        factors = {var: factor for var, factor in blocks(part).items() if factor > 1}
+        factors = {} if self.short else {var: factor for var, factor in blocks(part).items() if factor > 1}
         choices = []
         for var, factor in factors.items():
             whole, rest = divmod(var.extent, factor)
@@ -174,8 +178,8 @@ class Lowering:
         found = dot(part)
         if found is not None:
             turn = tirx.Var(f"k{next(self._count)}", "int32")
-            return _seq(integer.loop(self, node, found, total, points, update, turn))
-        extent, width = last[0].extent, max(1, min(UNROLL, 64 // len(points)))
+            return _seq(integer.loop(self, node, found, total, points, update, turn, short=self.short))
+        extent, width = last[0].extent, 1 if self.short else max(1, min(UNROLL, 64 // len(points)))
         turn: Any = tirx.Var(f"k{next(self._count)}", "int32")
         whole, rest = divmod(extent, width)
         stmts = []
@@ -301,6 +305,8 @@ class Lowering:
                 return tirx.bitwise_not(args[0])
             case "isqrt":
                 return integer.isqrt(args[0])
+            case "quotient":
+                return integer.quotient(args)
             case "scale":
                 return integer.scale(args)
             case "isnan":
@@ -359,7 +365,7 @@ def _libm(name: str, dtype: str, args: list[Any]) -> Any:
 
 
 def _extreme(name: str, dtype: str, args: list[Any]) -> Any:
-    """The smaller or larger integer, by a function of the emitted file.
+    """The shorter or larger integer, by a function of the emitted file.
 
     TVM's C printer gives an operand of its own ``min`` a name and reuses that for the same text later on, even where
     the variable has changed in between.

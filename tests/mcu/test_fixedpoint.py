@@ -83,7 +83,7 @@ def test_layer_norm(scale: float, count: int, seed: int, step: float):
     got = fp.layer_norm(codes, fp.LayerNorm.of(source, out, gain, bias, 1e-5))
     real = fp.decode(codes, source)
     normal = (real - real.mean(-1, keepdims=True)) / np.sqrt(real.var(-1, keepdims=True) + 1e-5)
-    bound = 0.5 + ((np.abs(normal) + 1) * 2.0**-16 * np.abs(gain) / step).max() + 1e-3
+    bound = 0.5 + ((np.abs(normal) + 1) * 2.0**-16 * np.abs(gain) / step).max() + 1 / 128
     assert distance(got, normal * gain + bias, out) <= bound
 
 

@@ -221,7 +221,7 @@ def _layer_norm(b: Builder, node: ir.Node) -> None:
         variance = call("sub", variance, call("mul", wide(first), wide(first)))
         shifted = call("add", call("shl", variance, whole(2 * root_shift, 64)), whole(integer(node, "epsilon"), 64))
         root = call("isqrt", call("max", shifted, whole(1 << (2 * root_shift), 64)))
-        return cast(call("div", whole(1 << (30 + root_shift), 64), root), "int32")
+        return cast(call("quotient", whole(1 << (30 + root_shift), 64), root), "int32")
 
     reciprocal = b.define(None, b.shape(total), inverse, f"{name}/scale")
 
@@ -229,8 +229,8 @@ def _layer_norm(b: Builder, node: ir.Node) -> None:
         centred = call("sub", call("mul", cast(b.at(x, i), "int32"), whole(count)), b.at(total, reduced(i)))
         normal = shifted(call("mul", wide(centred), wide(b.at(reciprocal, reduced(i)))), 30 - NORM_BITS)
         normal = cast(normal, "int32")
-        shift = whole(integer(node, "shift"))
-        return code(call("scale", normal, b.at(gain, [i[-1]]), b.at(offset, [i[-1]]), shift, dtype="int32"))
+        product = shifted(call("mul", wide(normal), wide(b.at(gain, [i[-1]]))), integer(node, "product_shift"))
+        return code(shifted(call("add", cast(product, "int32"), b.at(offset, [i[-1]])), integer(node, "shift")))
 
     b.define(b.output(node), b.shape(x), formula)
 

@@ -262,7 +262,9 @@ def _layer_norm(low: Lowering, value: ir.Value, out: Code) -> ir.Value | None:
         return None
     epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
     how = LayerNorm.of(source.code, out, gain, bias, epsilon)
-    numbers: dict[str, Any] = {key: getattr(how, key) for key in ("count", "epsilon", "root_shift", "shift")}
+    numbers: dict[str, Any] = {
+        key: getattr(how, key) for key in ("count", "epsilon", "root_shift", "product_shift", "shift")
+    }
     constants = [low.constant(how.gain, f"{value.name}_gain"), low.constant(how.offset, f"{value.name}_offset")]
     return low.node("LayerNorm", [source.value, *constants], **numbers)
 
