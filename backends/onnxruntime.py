@@ -88,6 +88,10 @@ class OnnxRuntime(Backend):
             write(model, out, external=True if graph.is_external else None)
         return OnnxModel(model) if out is None else OnnxModel(model, out.path, out.target)
 
+    def finished(self, graph: Graph) -> Graph:
+        """The lowered model as a graph of its own; weights are shared."""
+        return OnnxGraph(lower(graph), graph.path) if isinstance(graph, OnnxGraph) else graph
+
 
 def lower(graph: OnnxGraph) -> ir.Model:
     """The loaded model with every replaced site written in standard operators."""

@@ -53,6 +53,13 @@ class Backend(ABC):
             UnsupportedError: the graph is of another kind, or an operator has no rule.
         """
 
+    def finished(self, graph: Graph) -> Graph:
+        """The graph with every replaced site written out, for passes over the nodes of the result.
+
+        A graph without nodes is returned as it is.
+        """
+        return graph
+
 
 def rule_for(rules: Rules, operator: LinearOperator, backend: str) -> Callable[..., Any]:
     """The rule of an operator's type.

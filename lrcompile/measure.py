@@ -13,6 +13,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -139,6 +140,27 @@ def peak_memory(file: Path, feeds: Path) -> int | None:
     return None if found is None else int(found["bytes"])
 
 
+@dataclass(frozen=True)
+class Arena:
+    """What ONNX Runtime's CPU allocator counted in one run beyond what it held when the run began.
+
+    Args:
+        requested: most bytes that were asked for and not given back, at once.
+        in_use: the same as the arena rounds them, at the peak inside a node.
+        held: bytes that the arena took from the system.
+    """
+
+    requested: int
+    in_use: int
+    held: int
+
+
+def arena(file: Path, feeds: Path) -> Arena | None:
+    """The allocator's statistics of a first run, in a process of its own; weights do not count."""
+    found = _child(["arena", str(feeds), "0", "1", str(file)])
+    return None if found is None else Arena(*found["arena"])
+
+
 def _child(arguments: list[str]) -> dict | None:
     command = [sys.executable, "-P", __file__, *arguments]  # by its file: nothing of lrcompile need be importable
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -154,6 +176,9 @@ def _main(mode: str, feeds: str, seconds: str, threads: str, *files: str) -> Non
     options.log_severity_level = 4
     # threads that wait for the next run of one session would take the cores from the other
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    scratch = tempfile.TemporaryDirectory() if mode == "arena" else None
+    if scratch is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(Path(scratch.name) / "run")
     sessions = [ort.InferenceSession(file, options, providers=["CPUExecutionProvider"]) for file in files]
     with np.load(feeds) as stored:
         inputs = {name: stored[name] for name in stored.files}
@@ -170,7 +195,26 @@ def _main(mode: str, feeds: str, seconds: str, threads: str, *files: str) -> Non
     else:
         for run in runs:
             run()
-    print(json.dumps({"ms": rows, "bytes": _peak()}))
+    counted = None
+    if scratch is not None:
+        counted = _counted(Path(sessions[0].end_profiling()))
+        scratch.cleanup()
+    print(json.dumps({"ms": rows, "bytes": _peak(), "arena": counted}))
+
+
+def _counted(profile: Path) -> tuple[int, int, int]:
+    """The fields of :class:`Arena` from the statistics after every node."""
+    events = [each["args"] for each in json.loads(profile.read_text(encoding="utf-8")) if each.get("cat") == "Node"]
+    first = events[0]
+
+    def grown(name: str, before: str, change: str) -> int:
+        return max(int(each[name]) for each in events) - (int(first[before]) - int(first[change]))
+
+    return (
+        grown("mem_bytes_requested_in_use", "mem_bytes_requested_in_use", "mem_requested_in_use_delta"),
+        grown("mem_in_use_peak", "mem_bytes_in_use", "mem_in_use_delta"),
+        grown("mem_arena_held", "mem_arena_held", "mem_arena_held_delta"),
+    )
 
 
 def _peak() -> int:

@@ -11,9 +11,9 @@ import numpy as np
 from lrcompile import feeds, measure, timing, verify
 from lrcompile.budget import COSTS, Budget, quantity
 from lrcompile.choices import Choice, Planned
-from lrcompile.errors import GateError
+from lrcompile.errors import GateError, UsageError
 from lrcompile.files import AtomicSet, sha256
-from lrcompile.graphs.base import Graph
+from lrcompile.graphs.base import SUFFIXES, Graph
 from lrcompile.linop import show
 from lrcompile.lowering import Runnable
 from lrcompile.report import html_text, json_text, record
@@ -21,13 +21,25 @@ from lrcompile.stages import Run
 
 GATED = 4
 """Held-out samples that both models hold at a time."""
+NODES = 1.01
+"""Nodes that a pass for memory adds may make a file larger by this much; a result without them by nothing."""
 SLOWER = 1.02
 """A result is slower where the lower end of the measured latency ratio's interval is above this."""
 
 
 def target_of(graph: Graph, out: Path | None) -> Path | None:
-    """The file that a run publishes: ``out``, or the artefact's index inside a folder."""
-    return out if out is None or graph.kind == "onnx" else out / "lrcompile.json"
+    """The file that a run publishes: ``out``, or the artefact's index inside a folder.
+
+    Raises:
+        UsageError: its name is that of another kind of model.
+    """
+    own = SUFFIXES.get(graph.kind)
+    if out is not None and out.suffix in SUFFIXES.values() and out.suffix != own:
+        hint = "give the name of a folder" if own is None else f"give a name that ends in {own}"
+        raise UsageError(
+            f"a model of kind '{graph.kind}' is not written to a {out.suffix} file", where=str(out), hint=hint
+        )
+    return out if out is None or own is not None else out / "lrcompile.json"
 
 
 def missing(run: Run, built: Runnable, files: AtomicSet | None, budget: Budget) -> np.ndarray:
@@ -145,7 +157,7 @@ def refuse_growth(run: Run, budget: Budget) -> None:
     run.report.budget = reached(run, budget)
     if ratio is None or run.options.force_growth:
         return
-    larger = ratio.bytes is not None and ratio.bytes > 1
+    larger = ratio.bytes is not None and ratio.bytes > (NODES if run.cut else 1)
     slower = ratio.latency_low is not None and ratio.latency_low > SLOWER
     if (larger and run.report.input is not None) or slower:
         run.report.status = "gate_failed"
@@ -242,8 +254,9 @@ def predict(run: Run, planned: Planned) -> None:
 
 def write_reports(run: Run, files: AtomicSet) -> None:
     """The JSON sidecar and the HTML report beside the artefact."""
-    stem = files.target.name.removesuffix(".onnx")
-    name = run.options.report_name or ("report" if run.graph.kind != "onnx" else f"{stem}.report")
+    suffix = SUFFIXES.get(run.graph.kind)
+    own = "report" if suffix is None else f"{files.target.name.removesuffix(suffix)}.report"
+    name = run.options.report_name or own
     run.report.report = f"{name}.json"
     files.stage(f"{name}.json").write_text(json_text(run.report), encoding="utf-8")
     files.stage(f"{name}.html").write_text(html_text(run.report), encoding="utf-8")

@@ -109,6 +109,7 @@ class Pipeline:
         from lrcompile.frontend import open_graph
 
         graph = open_graph(graph)
+        outcome.target_of(graph, Path(out) if out is not None else None)  # a wrong name is told before the work
         run = self._prepare(graph, calibration, evaluation, tell, "optimize")
         try:
             return self._rewrite(run, Path(out) if out is not None else None, start)
@@ -203,7 +204,7 @@ class Pipeline:
     def _exact(self, run: stages.Run) -> int:
         """Graph passes in their order; those that rewrite nodes come before ours that rewrite weights."""
         ours = [load("passes", name)() for name in EXACT] if self.exact else []
-        given = [each for each in self.passes if isinstance(each, GraphPass)]
+        given = [each for each in self.passes if isinstance(each, GraphPass) and not each.late]
         nodes, given = [p for p in given if p.early], [p for p in given if not p.early]
         context = Context(run.graph, align=run.backend.align, seed=self.options.settings.seed)
         # a metric of the user's own judges at the gate only
@@ -229,7 +230,9 @@ class Pipeline:
 
     def _finish(self, run: stages.Run, rewrites: int, out: Path | None, start: float) -> Result:
         report = run.report
-        if not rewrites:
+        late = [each for each in self.passes if isinstance(each, GraphPass) and each.late]
+        graph, cut = stages.apply_late(run, late, self.options.settings.seed)
+        if not rewrites + cut:
             built = run.backend.build(run.graph)
             self._check_limits(run, built, None)
             self._check_latency(run, built, None)
@@ -242,7 +245,7 @@ class Pipeline:
         files = AtomicSet(target, inputs=[source] if source else [], force=self.options.force) if target else None
         folder = target.parent if target is not None and target != out else None
         with made_folder(folder) if folder else nullcontext(), files or nullcontext():
-            built = run.backend.build(run.graph, out=files)
+            built = run.backend.build(graph, out=files)
             self._check_limits(run, built, files)
             self._check_latency(run, built, files)
             outcome.conclude(run)

@@ -15,9 +15,11 @@ PASSES = {
     "exact-low-rank": "lrcompile.passes.exact_low_rank:ExactLowRank",
     "conv-low-rank": "lrcompile.passes.conv_low_rank:ConvLowRank",
     "low-rank": "lrcompile.passes.low_rank:LowRank",
+    "schedule-memory": "lrcompile.passes.schedule_memory:ScheduleMemory",
 }
 BACKENDS = {
     "onnxruntime": "lrcompile.backends.onnxruntime:OnnxRuntime",
+    "exported": "lrcompile.backends.exported:Exported",
     "eager": "lrcompile.backends.eager:Eager",
 }
 EXACT = ("clean", "fold", "exact-low-rank")
@@ -56,7 +58,7 @@ def passes() -> dict[str, type]:
 
 
 def backend_for(graph: object) -> Any:
-    """An instance of the first backend that takes the graph.
+    """An instance of the first backend that takes the graph; `exported` stands before `eager`, whose graphs it extends.
 
     Raises:
         UsageError: none does.

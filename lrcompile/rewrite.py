@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lrcompile.calibrate import Moments
 from lrcompile.errors import UsageError, nearest
-from lrcompile.graphs.base import Graph, Replacement
+from lrcompile.graphs.base import Graph, Inputs, Replacement
 from lrcompile.linop import Cost, LinearOperator, densify
 from lrcompile.sites import LinearSite
 from lrcompile.spectrum import importance_matrix
@@ -89,6 +89,8 @@ class Context:
         gradients: moments of the outputs' gradients at what a site gives, by its name; empty where not known.
         align: ranks are multiples of this, as the target likes.
         seed: of everything random.
+        sample: inputs of the sizes that the user's data have; None without data. A pass that is told other sizes
+            puts its own here.
     """
 
     graph: Graph
@@ -97,6 +99,7 @@ class Context:
     seed: int = 0
     notes: list[str] = field(default_factory=list)
     gradients: Mapping[str, Moments] = field(default_factory=dict)
+    sample: Inputs | None = None
 
     def statistics(self, site: LinearSite) -> Moments | None:
         """Moments of what the site reads, or None without calibration data."""
@@ -192,10 +195,13 @@ class GraphPass(Pass):
 
     Attributes:
         early: it puts another model in the place of the graph's, so it runs before those that replace weights.
+        late: it cuts up the nodes of what will be published, so it runs after everything else, and again where
+            something else is chosen.
     """
 
     exact: ClassVar[bool] = True
     early: ClassVar[bool] = False
+    late: ClassVar[bool] = False
 
     @abstractmethod
     def apply(self, graph: Graph, context: Context) -> Sequence[Outcome]:

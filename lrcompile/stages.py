@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class Run:
     prices: Prices | None = None  # under a latency budget
     timing: Timing | None = None  # of the result against the original, where it was measured
     corrections: int = 0  # of the prices by results
+    cut: int = 0  # rewrites of passes over the nodes of the result
+    timed: Inputs | None = None  # without data: the sizes that such a pass was told
 
 
 def new_report(verb: Any, options: Options, budget: Budget) -> record.Report:
@@ -152,6 +154,25 @@ def apply_exact(run: Run, passes: Sequence[GraphPass], context: Context, lossy: 
         run.report.passes.append(record.PassRecord(str(each), each.exact, len(done), refused, reason, seconds))
         run.report.notes.extend(f"{each.name}: {item.site}: {item.detail}" for item in done[:20])
     return total
+
+
+def apply_late(run: Run, passes: Sequence[GraphPass], seed: int) -> tuple[Graph, int]:
+    """Applies passes over the nodes of the result to a copy with all sites written out; returns it and the rewrites."""
+    if not passes:
+        return run.graph, 0
+    names = {str(each) for each in passes}
+    titles = tuple(f"{each.name}: " for each in passes)
+    report = run.report  # another choice before has left its marks
+    report.passes = [each for each in report.passes if each.name not in names]
+    report.notes = [note for note in report.notes if not note.startswith(titles)]
+    given = run.sample if run.calibration is not None or run.evaluation is not None else None
+    graph = run.backend.finished(run.graph)
+    context = Context(graph, align=run.backend.align, seed=seed, sample=given)
+    count = run.cut = apply_exact(replace(run, graph=graph), passes, context)
+    run.timed = None if given is not None else context.sample
+    report.notes.extend(f"{title}{note}" for title, note in zip(titles, context.notes, strict=False))
+    graph.release()
+    return (graph, count) if count else (run.graph, 0)
 
 
 def _applied(each: GraphPass, graph: Graph, context: Context) -> tuple[Sequence[Outcome], str | None]:

@@ -48,7 +48,8 @@ def feed(run: Run, *, planned: bool) -> dict[str, np.ndarray] | None:
     data = next((each for each in order if each is not None), None)
     if data is not None:
         return feeds.first(run.graph, data, options.latency_batch)
-    return None if run.sample is None else dict(run.sample)
+    made = run.sample if run.timed is None else run.timed
+    return None if made is None else dict(made)
 
 
 def pricer(run: Run, budget: Budget) -> Callable[[Sequence[LinearSite], Mapping[str, Offer]], Prices] | None:

@@ -27,7 +27,7 @@ def _option(*names: str, help: str) -> Any:
     return typer.Option(*names, help=help, envvar=f"LRCOMPILE_{variable}", show_envvar=False)
 
 
-Model = Annotated[str, typer.Argument(help="an .onnx file, or a Hugging Face folder")]
+Model = Annotated[str, typer.Argument(help="an .onnx or .pt2 file, or a Hugging Face folder")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="no progress on stderr")]
@@ -70,7 +70,7 @@ Latency = Annotated[bool, _option("--latency-check/--no-latency-check", help="me
 Threads = Annotated[int, _option("--threads", help="threads of timed runs; 0: all cores")]
 Shape = Annotated[list[str] | None, _option("--shape", help="input_ids=1x128, or batch=16: shapes of made-up inputs")]
 Samples = Annotated[int | None, _option("--samples", help="samples of --calib in a timed run; 8 if not given")]
-Output = Annotated[str | None, typer.Option("-o", "--output", help="default: MODEL.lrcompile.onnx")]
+Output = Annotated[str | None, typer.Option("-o", "--output", help="default: MODEL.lrcompile.onnx (or .pt2)")]
 
 app = typer.Typer(
     add_completion=False,
@@ -214,6 +214,65 @@ def deploy(
         return deploying.deploy(given, tell)
 
     shell.verb("deploy", work, json=json, debug=debug, quiet=quiet)
+
+
+@app.command()
+def schedule(
+    model: Model,
+    target: Annotated[
+        str, typer.Option("--target", help="cortex-m4, cortex-m7, cortex-m33 or onnxruntime")
+    ] = "cortex-m7",
+    ram: Annotated[
+        str | None, typer.Option("--ram", help="what the plan must fit: 64KB; default: as little as found")
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option("--shape", help="a size to plan for: x=1,3,32,32, or batch=1")
+    ] = None,
+    calib: Annotated[str | None, typer.Option("--calib", help="samples of the sizes to plan for (onnxruntime)")] = None,
+    tiles: Annotated[int, typer.Option("--tiles", help="most tiles of one part (onnxruntime)")] = 8,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show how little memory activations need on a target, the plan, and why it is not less; writes nothing."""
+    given = dict(locals())
+
+    def work(tell: Any) -> shell.Answer:
+        from lrcompile.cli import scheduling
+
+        return scheduling.schedule(given, tell)
+
+    shell.verb("schedule", work, json=json, debug=debug, quiet=quiet)
+
+
+@app.command()
+def search(
+    model: Annotated[str, typer.Argument(help="an .onnx file, or a model of the zoo: digits_vit")],
+    ram: Annotated[str, typer.Option("--ram", help="RAM for arena, stack, inputs, outputs: 16KB")],
+    flash: Annotated[str | None, typer.Option("--flash", help="flash for code and weights: 128KB")] = None,
+    target: Annotated[str, typer.Option("--target", help="cortex-m4, cortex-m7 or cortex-m33")] = "cortex-m7",
+    output: Annotated[str | None, typer.Option("-o", "--output", help="folder; default: MODEL.search")] = None,
+    calib: Calib = None,
+    eval: Eval = None,
+    max_drift: Drift = None,
+    metric: Metric = None,
+    shape: Annotated[list[str] | None, typer.Option("--shape", help="a static input shape: x=1,3,32,32")] = None,
+    candidates: Annotated[int, typer.Option("--candidates", help="how many are executed at most", min=1)] = 8,
+    samples: Annotated[int, typer.Option("--samples", help="evaluation samples that each executes", min=1)] = 4,
+    force: Annotated[bool, typer.Option("--force", help="replace files in the folder")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Find ranks, precision and tiles that fit a device at the least loss; every candidate is executed."""
+    given = dict(locals())
+
+    def work(tell: Any) -> shell.Answer:
+        from lrcompile.cli import searching
+
+        return searching.search(given, tell)
+
+    shell.verb("search", work, json=json, debug=debug, quiet=quiet)
 
 
 @app.command()

@@ -31,7 +31,7 @@ def deploy(given: dict[str, Any], tell: Progress) -> Answer:
     if given["to"] not in BACKENDS:
         raise UsageError(f"no backend '{given['to']}'", where="--to", hint=nearest(given["to"], BACKENDS))
     model, output = Path(given["model"]), Path(given["output"])
-    _check_extras(run=given["run"] is not None)
+    check_extras(run=given["run"] is not None)
     from lrcompile.backends.c import deploy as backend
 
     board = _board(given)
@@ -39,7 +39,7 @@ def deploy(given: dict[str, Any], tell: Progress) -> Answer:
     with tempfile.TemporaryDirectory(prefix="lrcompile-") as scratch:
         source, drift = prepared(model, Path(scratch), given, tell)
         tell("reading the model")
-        formulas = backend.formulas(source, _shapes(given["shape"] or []))
+        formulas = backend.formulas(source, shapes(given["shape"] or []))
         samples = None if given["run"] is None else _samples(given["run"], formulas)
         tell("searching a schedule")
         schedule = backend.plan(formulas, board)
@@ -59,7 +59,7 @@ def deploy(given: dict[str, Any], tell: Progress) -> Answer:
 # -- options -----------------------------------------------------------------------------------------
 
 
-def _check_extras(*, run: bool) -> None:
+def check_extras(*, run: bool) -> None:
     """Names what is missing before minutes are spent.
 
     Raises:
@@ -88,7 +88,7 @@ def _check_output(output: Path, force: bool) -> None:
         raise UsageError("the folder is not empty", where=str(output), hint="choose another --output, or --force")
 
 
-def _shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+def shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """``x=1,3,32,32`` as a shape.
 
     Raises:

@@ -28,7 +28,7 @@ SPECTRA = 24
 DECISIONS = 2000
 _GOOD = {"ok": "good", "unchanged": "calm", "gate_failed": "bad", "infeasible": "warn"}
 # Even if escaping failed somewhere, the page could neither run nor load anything.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
 def page(report: Report) -> str:
@@ -38,7 +38,7 @@ def page(report: Report) -> str:
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
         tag("title", f"lrcompile {report.verb} {_base(name)}"),
@@ -57,7 +57,7 @@ def _section(title: str, *children: object, hint: object = None) -> Markup:
     return tag("section", tag("h2", title), tag("p", hint, class_="hint") if hint else None, *children)
 
 
-def _table(
+def rows_table(
     headings: Sequence[str], rows: Iterable[Sequence[object]], right: Iterable[int] = (), class_: str = ""
 ) -> Markup:
     """A table; columns named in ``right`` hold numbers."""
@@ -144,7 +144,7 @@ def _comparison(report: Report) -> Markup | None:
     ]
     hint = "The pale track is the model before. The whisker on the latency is the measured interval of its ratio."
     measured = any(row.interval for row in rows)
-    table = _table(("", "before", after, "change", ""), cells, (1, 2, 3), "compare")
+    table = rows_table(("", "before", after, "change", ""), cells, (1, 2, 3), "compare")
     return _section("Before and after", table, hint=hint if measured else None)
 
 
@@ -154,7 +154,7 @@ def _budget(report: Report) -> Markup | None:
     verdict = {True: "All limits hold.", False: "No plan holds all limits; this is the best found.", None: None}
     return _section(
         "Budget",
-        _table(("limit", "asked", "reached"), budget_rows(report), (1, 2), "narrow"),
+        rows_table(("limit", "asked", "reached"), budget_rows(report), (1, 2), "narrow"),
         hint=verdict[report.feasible],
     )
 
@@ -211,14 +211,14 @@ def _drift(report: Report) -> Markup | None:
         hint += f" · calibrated with {report.calibration.kind}"
         if report.calibration.samples is not None:
             hint += f", {report.calibration.samples} samples"
-    return _section("Drift", _table(("measure", "value", ""), rows, (1,), "compare"), hint=hint)
+    return _section("Drift", rows_table(("measure", "value", ""), rows, (1,), "compare"), hint=hint)
 
 
 def _decisions(report: Report) -> Markup | None:
     if not report.decisions:
         return None
     headings = ("site", "shape", "pass", "structure", "keep", "predicted", "error", "reason")
-    table = _table(headings, (_decision(each) for each in report.decisions[:DECISIONS]), (4, 5, 6), "decisions")
+    table = rows_table(headings, (_decision(each) for each in report.decisions[:DECISIONS]), (4, 5, 6), "decisions")
     more = len(report.decisions) - DECISIONS
     hint = f"The first {DECISIONS}; {more} more are in the JSON report." if more > 0 else None
     return _section("Decisions", tag("div", table, class_="tall"), hint=hint)
@@ -244,7 +244,7 @@ def _passes(report: Report) -> Markup | None:
         )
         for each in report.passes
     ]
-    return _section("Passes", _table(("pass", "promise", "rewritten", "refused", "time", ""), rows, (2, 3, 4)))
+    return _section("Passes", rows_table(("pass", "promise", "rewritten", "refused", "time", ""), rows, (2, 3, 4)))
 
 
 def _memory(report: Report) -> Markup | None:

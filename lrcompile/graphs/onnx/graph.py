@@ -42,6 +42,8 @@ from lrcompile.windows import unfit
 if TYPE_CHECKING:
     import onnx
 
+    from lrcompile.graphs.onnx.tiling import Tiling
+
 _MODEL = "(model)"
 
 
@@ -200,6 +202,21 @@ class OnnxGraph:
         if model is not None:
             self.adopt(model)
         return done, reason
+
+    def tile_rows(self, sample: Inputs, *, limit: float = 0.0, most: int = 8) -> Tiling:
+        """Computes what is large in row tiles; what came of it, see :class:`lrcompile.graphs.onnx.tiling.Tiling`.
+
+        Raises:
+            UsageError: sites were replaced already.
+            UnsupportedError: the model does not run at other sizes than those of ``sample``.
+            GateError: the tiles compute something else.
+        """
+        from lrcompile.graphs.onnx.tiling import tiled
+
+        found = tiled(self.model, sample, limit=limit, most=most)
+        if found.model is not None:
+            self.adopt(found.model)
+        return found
 
     def _continue_with(self, model: ir.Model) -> None:
         self.model = model
