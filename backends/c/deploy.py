@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from lrcompile.backends.c.emit import emit
+from lrcompile.backends.c.emit import ALIGN, emit
 from lrcompile.backends.c.target import LEAST_STACK, Memory, Target
 from lrcompile.backends.c.toolchain import Firmware, build, compiler_version
 from lrcompile.dataflow.fuse import fuse
+from lrcompile.dataflow.options import Options
 from lrcompile.dataflow.refine import refine
-from lrcompile.dataflow.schedule import Schedule
-from lrcompile.dataflow.search import schedule
+from lrcompile.dataflow.schedule import Schedule, Step
+from lrcompile.dataflow.search import Search, schedule
 from lrcompile.dataflow.stage import Formulas
 from lrcompile.errors import GateError, InvalidInputError, UnsupportedError
 from lrcompile.graphs.onnx.formulas import build as formulas_of
@@ -25,6 +27,7 @@ from lrcompile.graphs.onnx.quantise import integer_model, is_quantised
 FRAMES = 1024
 """Bytes of stack for the frames of kernels and of the mathematics they call; pieces on the stack come on top."""
 PIECES = (2048, 1024, 512, 0)  # bytes of small pieces on the stack, the arena being the slower to address
+TRIES = 6  # searches, each under a limit that is smaller by half of what the one before was too large
 UNLIMITED = 2**27  # bytes of a memory that nobody limited
 TOLERANCE = 1e-3
 """Relative L2 distance to ONNX Runtime above which an output counts as wrong."""
@@ -101,24 +104,37 @@ def plan(model: Formulas, board: Board) -> Schedule:
             where="--ram",
             hint=f"give at least {_io(model) + least} bytes, or a model with smaller inputs",
         )
-    steps = schedule(model, max(room - least, 0)).steps
     sizes = [size for size in PIECES if board.stack is None or size + FRAMES <= board.stack] or [0]
-    choices = [Schedule(model, steps, stack=size) for size in sizes]
-    found = next((each for each in choices if each.arena + _stack(each, board) <= room), choices[-1])
-    total = found.arena + _stack(found, board)
+    limit, options, found = max(room - least, 0), Options(model), []
+    spare = 0 if board.stack is None else sizes[0]  # pieces may lie in a stack that is reserved anyway
+    for tried in range(TRIES if spare else 1):
+        found.append(_placed(model, Search(model, limit + spare, options).run().steps, sizes, board, room))
+        over = found[-1].arena + _stack(found[-1], board) - room
+        if over <= 0 or spare == 0:
+            break
+        spare = 0 if tried == TRIES - 2 else max(spare - over // 2, 0)
+    best = min(found, key=lambda each: (max(each.arena + _stack(each, board) - room, 0), each.work))
+    total = best.arena + _stack(best, board)
     if total > room:
         raise UnsupportedError(
-            f"needs {total + _io(model)} bytes of RAM, {total - room} more than there are: {_busiest(found)}",
+            f"needs {total + _io(model)} bytes of RAM, {total - room} more than there are: {_busiest(best)}",
             where="--ram",
             hint="give more RAM, quantise the model, or lower its rank, its tokens or its width",
         )
-    return found
+    return best
+
+
+def _placed(model: Formulas, steps: Sequence[Step], sizes: Sequence[int], board: Board, room: int) -> Schedule:
+    """With as many pieces on the stack as fit, since the arena is slower to address."""
+    choices = [Schedule(model, steps, stack=size) for size in sizes]
+    fits = (each for each in choices if each.arena + _stack(each, board) <= room)
+    return next(fits, None) or min(choices, key=lambda each: each.arena + _stack(each, board))
 
 
 def _io(model: Formulas) -> int:
-    shapes = [(shape, dtype) for shape, dtype in model.inputs.values()]
-    shapes += [(model.shape(name), model.dtype(name)) for name in model.outputs]
-    return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes)
+    """Bytes of inputs and outputs, each up to the next boundary that the linker takes."""
+    ports = [*model.inputs.values(), *((model.shape(name), model.dtype(name)) for name in model.outputs)]
+    return sum(-(-math.prod(shape) * np.dtype(dtype).itemsize // ALIGN) * ALIGN for shape, dtype in ports)
 
 
 def _stack(found: Schedule, board: Board) -> int:
