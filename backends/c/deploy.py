@@ -30,9 +30,12 @@ PIECES = (2048, 1024, 512, 0)  # bytes of small pieces on the stack, the arena b
 TRIES = 6  # searches, each under a limit that is smaller by half of what the one before was too large
 UNLIMITED = 2**27  # bytes of a memory that nobody limited
 TOLERANCE = 1e-3
-"""Relative L2 distance to ONNX Runtime above which an output counts as wrong."""
-TOLERANCE_CODES = 0.15
-"""The same for a quantised model: every unit is within one code of ONNX Runtime's, and codes that differ add up."""
+"""Relative L2 distance to ONNX Runtime above which an output of a sample counts as wrong."""
+SMALL = 1e-5  # an absolute error that is none, whatever an output's magnitude
+TOLERANCE_CODES = 0.05
+"""The same for a quantised model, over all samples together. Every unit is within one code of ONNX Runtime's and
+nearly all codes are equal, but one that is not may turn others after it: of 359 digits 9 in 10 are equal to the bit,
+the farthest is 0.04 away."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,14 @@ class Check:
     Args:
         instructions: of the costliest sample.
         max_error: largest absolute difference of an element of an output.
+        distance: relative L2 distance of the worst output to ONNX Runtime's, over all samples together.
         stack: most bytes of stack that were in use.
     """
 
     samples: int = 0
     instructions: int = 0
     max_error: float = 0.0
+    distance: float = 0.0
     stack: int = 0
     violations: list[str] = field(default_factory=list)
     functions: dict[str, int] = field(default_factory=dict)
@@ -189,7 +194,7 @@ def check(firmware: Firmware, model: Path, batches: Iterable[Mapping[str, np.nda
     session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     emulator, found = Emulator(firmware), Check()
     names = [port.name for port in firmware.program.outputs]
-    tolerance = TOLERANCE_CODES if coded else TOLERANCE
+    squares: dict[str, np.ndarray] = {}
     for inputs in batches:
         run = emulator.run(inputs)
         if not found.samples and not run.violations:
@@ -203,7 +208,14 @@ def check(firmware: Firmware, model: Path, batches: Iterable[Mapping[str, np.nda
             found.instructions, found.functions = run.instructions, run.functions
         if found.violations:
             raise GateError(f"the firmware is not sound: {found.violations[0]}", where=str(model))
-        _compare(found, run.outputs, dict(zip(names, session.run(names, dict(inputs)), strict=True)), tolerance)
+        expected = dict(zip(names, session.run(names, dict(inputs)), strict=True))
+        for name, sums in _differences(found, run.outputs, expected).items():
+            squares[name] = squares.get(name, np.zeros(2)) + sums
+            if not coded:
+                _judge(sums, TOLERANCE, f"{name}, sample {found.samples}")
+        found.distance = max(map(_distance, squares.values()), default=0.0)
+    for name, sums in squares.items():
+        _judge(sums, TOLERANCE_CODES if coded else TOLERANCE, name)
     return found
 
 
@@ -212,16 +224,27 @@ def quantised(path: Path) -> bool:
     return is_quantised(read(path))
 
 
-def _compare(found: Check, outputs: Mapping[str, np.ndarray], expected: Mapping[str, Any], tolerance: float) -> None:
+def _differences(found: Check, outputs: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Output → sums of the squares of its error, and of what was expected."""
+    sums = {}
     for name, value in expected.items():
         wide, ours = np.asarray(value, np.float64), np.asarray(outputs[name], np.float64)
         error = np.abs(np.where(wide == ours, 0.0, wide - ours))
         found.max_error = max(found.max_error, float(error.max(initial=0.0)))
-        distance = float(np.linalg.norm(error)) / max(float(np.linalg.norm(wide)), 1e-12)
-        if not distance <= tolerance and found.max_error > 1e-5:
-            raise GateError(
-                f"differs from ONNX Runtime by {distance:.2g} (relative L2) on sample {found.samples}", where=name
-            )
+        error = error if not error.max(initial=0.0) <= SMALL else np.zeros_like(error)
+        sums[name] = np.array([np.sum(error**2), np.sum(wide**2)])
+    return sums
+
+
+def _distance(sums: np.ndarray) -> float:
+    return float(np.sqrt(sums[0]) / max(np.sqrt(sums[1]), 1e-12))
+
+
+def _judge(sums: np.ndarray, tolerance: float, where: str) -> None:
+    if not _distance(sums) <= tolerance:
+        raise GateError(
+            f"differs from ONNX Runtime by {_distance(sums):.2g} (relative L2, {tolerance:g} is allowed)", where=where
+        )
 
 
 def versions() -> dict[str, str]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import struct
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import numpy as np
 from tvm import tirx
 from tvm.ir import PointerType, PrimType
 from tvm.ir import Var as Pointer
 
 from lrcompile.backends.c import integer
+from lrcompile.backends.c.literals import number
 from lrcompile.dataflow.blocking import UNROLL, blocks
 from lrcompile.dataflow.dot import dot
 from lrcompile.dataflow.expr import Call, Const, Datum, Expr, Load, Position, Result
@@ -60,8 +59,7 @@ class Lowered:
 class Lowering:
     """Lowers one nest. Parameters are numbered, so that nests of equal structure become the same text.
 
-    Args:
-        short: one result at a time and no loop unrolled, for a nest whose bytes count for more than its time.
+    ``short`` takes one result at a time and unrolls no loop: for a nest whose bytes count for more than its time.
     """
 
     def __init__(self, nest: Nest, symbol: str, *, short: bool = False) -> None:
@@ -257,7 +255,7 @@ class Lowering:
     def _value(self, value: Expr, env: Env, node: Node, result: Any) -> Any:
         match value:
             case Const():
-                return _const(value)
+                return number(value)
             case Result():
                 return result
             case Position():
@@ -383,20 +381,3 @@ def _cast(value: Any, old: str, new: str) -> Any:
     if old == "bool":
         return tirx.Select(value, tirx.const(1, new), tirx.const(0, new))
     return tirx.Cast(new, value)
-
-
-def _const(value: Const) -> Any:
-    """A number, exactly: what six decimals do not hold is written by its bits."""
-    if value.dtype == "bool":
-        return tirx.const(bool(value.value), "bool")
-    if not value.dtype.startswith("float"):
-        return tirx.const(int(value.value), value.dtype)
-    number = np.dtype(value.dtype).type(value.value)
-    if np.isfinite(number) and np.dtype(value.dtype).type(f"{float(number):.6e}") == number:
-        return tirx.const(float(number), value.dtype)
-    if value.dtype == "float32":
-        bits = struct.unpack("<I", struct.pack("<f", number))[0]
-        return tirx.call_pure_extern("float32", "lrc_f32", tirx.const(bits, "uint32"))
-    bits = struct.unpack("<Q", struct.pack("<d", number))[0]
-    high, low = tirx.const(bits >> 32, "uint32"), tirx.const(bits & 0xFFFFFFFF, "uint32")
-    return tirx.call_pure_extern("float64", "lrc_f64", high, low)

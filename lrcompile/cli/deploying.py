@@ -135,6 +135,7 @@ def _fields(firmware: Firmware, board: Board, check: Check | None) -> dict[str, 
         fields |= {
             "instructions": check.instructions,
             "max_error": check.max_error,
+            "relative_l2": check.distance,
             "samples": check.samples,
             "violations": len(check.violations),
             "stack_used": check.stack,
