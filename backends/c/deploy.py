@@ -15,6 +15,7 @@ from lrcompile.backends.c.target import LEAST_STACK, Memory, Target
 from lrcompile.backends.c.toolchain import Firmware, build, compiler_version
 from lrcompile.dataflow.fuse import fuse
 from lrcompile.dataflow.options import Options
+from lrcompile.dataflow.program import Program
 from lrcompile.dataflow.refine import refine
 from lrcompile.dataflow.schedule import Schedule, Step
 from lrcompile.dataflow.search import Search, schedule
@@ -170,7 +171,21 @@ def compile_to(folder: Path, found: Schedule, board: Board) -> Firmware:
         stack=_stack(found, board),
         external=board.external or 0,
     )
-    return build(emit(found), board.target, memory, folder)
+    program = emit(found)
+    _check_weights(program, memory)
+    return build(program, board.target, memory, folder)
+
+
+def _check_weights(program: Program, memory: Memory) -> None:
+    room = memory.external or memory.flash
+    if program.weights > room:
+        largest = max(program.kernels, key=lambda kernel: kernel.weights)
+        raise UnsupportedError(
+            f"the weights take {program.weights} bytes, {program.weights - room} more than the flash has; "
+            f"{largest.weights} of them are of node {largest.nodes[-1]}",
+            where="--external" if memory.external else "--flash",
+            hint="quantise them (--int8), lower their rank (--keep), or give flash outside the chip (--external)",
+        )
 
 
 def check(firmware: Firmware, model: Path, batches: Iterable[Mapping[str, np.ndarray]]) -> Check:
