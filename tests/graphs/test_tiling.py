@@ -215,6 +215,16 @@ def _single(call: str, feeds: dict[str, np.ndarray], output: np.ndarray | None) 
     return onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 20]> m ({ends}) => ({out}) {{ y = {call} }}')
 
 
+def test_a_better_order_where_nothing_can_be_cut():
+    model = nets.branches()
+    found = tile(model)
+    assert [name for name, _ in found.parts] == ["graph"]
+    assert found.after < 0.85 * found.before
+    feeds = inputs(model)
+    np.testing.assert_array_equal(run(proto(found), feeds)[0], run(model, feeds)[0])
+    assert tile(proto(found)).model is None  # there is nothing left to do
+
+
 def test_the_same_model_gives_the_same_file():
     one, two = (json.dumps(str(proto(tile(nets.causal(), batch=1, tokens=96)))) for _ in range(2))
     assert one == two
