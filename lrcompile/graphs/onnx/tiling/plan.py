@@ -81,7 +81,7 @@ def tiled(model: ir.Model, sample: Inputs, *, limit: float = 0.0, most: int = 8)
     if best.peak > WORTH * before:
         told = f"tiles would leave {best.peak:,} of {before:,} bytes, since ONNX Runtime keeps memory for later values"
         return Tiling(None, (), before, before, f"{told}; {choice.reason}")
-    _check(model, best.model, sizes)
+    check(model, best.model, sizes)
     return Tiling(best.model, [*parts, *best.parts], before, best.peak, choice.reason)
 
 
@@ -98,7 +98,7 @@ class _Tried:
 
     def __init__(self, model: ir.Model, sizes: Sizes, tiles: Sequence[Tiled], sample: Inputs) -> None:
         self.model, self.parts = model.clone(), list(map(_told, tiles))
-        regions = _moved(model.graph, self.model.graph, [each.region for each in tiles])
+        regions = moved(model.graph, self.model.graph, [each.region for each in tiles])
         writer = Writer(self.model.graph, sizes)
         for region, each in zip(regions, tiles, strict=True):
             writer.tile(region, each.count)
@@ -110,7 +110,7 @@ class _Tried:
         self.peak = arena(self.model, sample)
 
 
-def _moved(graph: ir.Graph, clone: ir.Graph, regions: Sequence[Region]) -> Iterator[Region]:
+def moved(graph: ir.Graph, clone: ir.Graph, regions: Sequence[Region]) -> Iterator[Region]:
     """The same regions in a copy of the graph."""
     nodes = dict(zip(graph, clone, strict=True))
     values = dict(zip(graph.inputs, clone.inputs, strict=True))
@@ -138,7 +138,7 @@ def _told(each: Tiled) -> tuple[str, str]:
 _TELLING = ("MatMul", "Gemm", "Softmax", "Gelu", "Erf", "Relu", "Conv", "LayerNormalization", "MatMulNBits", "Einsum")
 
 
-def _check(model: ir.Model, clone: ir.Model, sizes: Sizes) -> None:
+def check(model: ir.Model, clone: ir.Model, sizes: Sizes) -> None:
     """Runs both models at all sizes that are known to run, and at tiny ones.
 
     Raises:
