@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("startup", "raising", "conformance", "minilm", "latency", "smollm2", "dispatch", "compile", "regional",
-         "mcu", "mcu_planner", "mcu_conformance", "schedule")  # fmt: skip
+NAMES = (
+    "startup", "raising", "conformance", "minilm", "latency", "smollm2", "planning", "wide_layer", "dispatch",
+    "compile", "regional", "schedule", "mcu", "mcu_planner", "mcu_conformance",
+)  # fmt: skip
 
 
 def main() -> None:

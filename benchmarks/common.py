@@ -80,7 +80,8 @@ def uniform(dense: Path, each: LowRank, keep: float, data: Batches, settings: Se
     """Writes the model with each site at the largest rank that keeps at most ``keep`` of its values: what papers do."""
     graph = OnnxGraph.load(dense)
     sites = [site for site in graph.linear_sites() if not site.frozen]
-    context = Context(graph, statistics(graph, sites, data.check(graph.input_specs), settings, Progress()))
+    moments = statistics(graph, sites, data.check(graph.input_specs), settings, Progress())
+    context = Context(graph, moments, align=1)  # no value of the budget is left to rounding
     for site in sites:
         whole = site.shape[0] * site.shape[1]
         chosen = [p for p in each.proposals(site, context) if p.cost.parameters <= keep * whole][-1].by[site.name]

@@ -22,6 +22,7 @@ from lrcompile.artifact_load import install_sites, materialise, non_persistent
 from lrcompile.artifact_read import CONFIG, PROGRAM, SCHEMA, TARGET, WEIGHTS, read_json, read_manifest, read_tensors
 from lrcompile.errors import InvalidInputError, UsageError
 from lrcompile.files import AtomicSet, system_error, write_error
+from lrcompile.graphs.base import SUFFIXES
 from lrcompile.graphs.module import ModuleGraph
 from lrcompile.graphs.module_store import stored, update
 from lrcompile.graphs.structured import StructuredConv, StructuredLinear, place, structured_modules
@@ -214,9 +215,9 @@ def save_result(result: Any, folder: str | Path, *, force: bool = False) -> Path
     from lrcompile.report import html_text, json_text
 
     folder = _made(Path(folder))
-    is_onnx = result.graph.kind == "onnx"
-    stem = "model.report" if is_onnx else "report"
-    with AtomicSet(folder / ("model.onnx" if is_onnx else TARGET), force=force) as files:
+    suffix = SUFFIXES.get(result.graph.kind)
+    stem = "report" if suffix is None else "model.report"
+    with AtomicSet(folder / (TARGET if suffix is None else f"model{suffix}"), force=force) as files:
         backend_for(result.graph).build(result.graph, out=files)
         files.stage(f"{stem}.json").write_text(json_text(result.report), encoding="utf-8")
         files.stage(f"{stem}.html").write_text(html_text(result.report), encoding="utf-8")

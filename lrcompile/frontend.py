@@ -11,9 +11,9 @@ from lrcompile.graphs.base import Graph
 
 
 def open_graph(model: Any) -> Graph:
-    """A graph for a path, an ONNX model, an ``nn.Module``, or a graph as it is.
+    """A graph for a path, an ONNX model, an ``nn.Module``, an exported program, or a graph as it is.
 
-    A path is an ``.onnx`` file, a Hugging Face folder, or a folder that :func:`lrcompile.save` wrote.
+    A path is an ``.onnx`` or ``.pt2`` file, a Hugging Face folder, or a folder that :func:`lrcompile.save` wrote.
 
     Raises:
         InvalidInputError: unreadable or unsafe.
@@ -31,12 +31,17 @@ def open_graph(model: Any) -> Graph:
         from lrcompile.graphs.onnx.graph import OnnxGraph
 
         return OnnxGraph.from_proto(model)
+    if _is("torch.export", "ExportedProgram", model):
+        from lrcompile.graphs.fx.graph import FxGraph
+
+        return FxGraph(model)
     if _is("torch.nn", "Module", model):
         from lrcompile.graphs.module import ModuleGraph
 
         return ModuleGraph(model)
     raise UsageError(
-        f"a {type(model).__name__} is no model", hint="give a path, an nn.Module, or an onnx or onnx_ir model"
+        f"a {type(model).__name__} is no model",
+        hint="give a path, an nn.Module, an exported program, or an onnx or onnx_ir model",
     )
 
 
@@ -58,7 +63,12 @@ def _from_path(path: Path) -> Graph:
         raise InvalidInputError(
             "the folder holds neither config.json nor model.onnx", where=str(path), hint="give a model file or folder"
         )
-    if path.suffix in (".pt", ".pth", ".bin", ".pkl", ".pt2"):
+    if path.suffix == ".pt2":
+        from lrcompile.graphs.fx.archive import load
+        from lrcompile.graphs.fx.graph import FxGraph
+
+        return FxGraph(load(path), path)
+    if path.suffix in (".pt", ".pth", ".bin", ".pkl"):
         raise UnsupportedError(
             f"{path.suffix} files are not read", where=str(path), hint="export it to ONNX, or use the Python API"
         )

@@ -10,8 +10,8 @@ from lrcompile.errors import UsageError
 from lrcompile.graphs.base import Graph
 from lrcompile.rewrite import Context, GraphPass, Outcome, Refused, Rewritten
 
-FxPattern = tuple[Callable[..., Any], Callable[..., Any]]
-"""(pattern, replacement): two functions of the same arguments, as ``torch.fx.replace_pattern`` takes them."""
+FxPattern = tuple[Callable[..., Any], Callable[..., Any]] | tuple[Callable[..., Any], Callable[..., Any], Sequence[Any]]
+"""(pattern, replacement): two functions of the same arguments, and example inputs where these need a certain shape."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,9 +23,9 @@ class NodeRewrite(GraphPass):
     Args:
         name: as users write it.
         onnx: an onnxscript ``RewriteRule`` or ``RewriteRuleSet`` (``onnxscript.rewriter``), or a sequence of rules.
-        fx: a (pattern, replacement) pair of functions, or a sequence of pairs; each is traced, so both are
-            written in plain torch. They apply to graphs of the kind ``fx``; no graph of this version is one, so a
-            rewrite that has nothing else is refused with that reason.
+        fx: a (pattern, replacement) pair of functions in plain torch, or a sequence of pairs. They apply to
+            exported programs (graphs of the kind ``fx``): both are traced into ``aten`` operations, with the
+            example inputs that follow them in the tuple, else with small tensors of equal shape.
         exact: whether the outputs are reproduced to rounding. If not, the gate's drift limit applies.
         doc: what it does, for ``lrcompile passes``; the first line is the summary.
 
@@ -80,5 +80,6 @@ class NodeRewrite(GraphPass):
         rules = self.rules(graph.kind)
         rewrite = getattr(graph, "rewrite_nodes", None)
         if rules is None or rewrite is None:
-            return [Refused(self.name, f"no rule for a graph of kind '{graph.kind}'")]
+            more = "; export it with torch.export first" if graph.kind == "module" and self.fx is not None else ""
+            return [Refused(self.name, f"no rule for a graph of kind '{graph.kind}'{more}")]
         return [Rewritten(place) for place in rewrite(rules)]

@@ -11,9 +11,9 @@ import numpy as np
 from lrcompile import feeds, measure, timing, verify
 from lrcompile.budget import COSTS, Budget, quantity
 from lrcompile.choices import Choice, Planned
-from lrcompile.errors import GateError
+from lrcompile.errors import GateError, UsageError
 from lrcompile.files import AtomicSet, sha256
-from lrcompile.graphs.base import Graph
+from lrcompile.graphs.base import SUFFIXES, Graph
 from lrcompile.linop import show
 from lrcompile.lowering import Runnable
 from lrcompile.report import html_text, json_text, record
@@ -28,8 +28,18 @@ SLOWER = 1.02
 
 
 def target_of(graph: Graph, out: Path | None) -> Path | None:
-    """The file that a run publishes: ``out``, or the artefact's index inside a folder."""
-    return out if out is None or graph.kind == "onnx" else out / "lrcompile.json"
+    """The file that a run publishes: ``out``, or the artefact's index inside a folder.
+
+    Raises:
+        UsageError: its name is that of another kind of model.
+    """
+    own = SUFFIXES.get(graph.kind)
+    if out is not None and out.suffix in SUFFIXES.values() and out.suffix != own:
+        hint = "give the name of a folder" if own is None else f"give a name that ends in {own}"
+        raise UsageError(
+            f"a model of kind '{graph.kind}' is not written to a {out.suffix} file", where=str(out), hint=hint
+        )
+    return out if out is None or own is not None else out / "lrcompile.json"
 
 
 def missing(run: Run, built: Runnable, files: AtomicSet | None, budget: Budget) -> np.ndarray:
@@ -244,8 +254,9 @@ def predict(run: Run, planned: Planned) -> None:
 
 def write_reports(run: Run, files: AtomicSet) -> None:
     """The JSON sidecar and the HTML report beside the artefact."""
-    stem = files.target.name.removesuffix(".onnx")
-    name = run.options.report_name or ("report" if run.graph.kind != "onnx" else f"{stem}.report")
+    suffix = SUFFIXES.get(run.graph.kind)
+    own = "report" if suffix is None else f"{files.target.name.removesuffix(suffix)}.report"
+    name = run.options.report_name or own
     run.report.report = f"{name}.json"
     files.stage(f"{name}.json").write_text(json_text(run.report), encoding="utf-8")
     files.stage(f"{name}.html").write_text(html_text(run.report), encoding="utf-8")

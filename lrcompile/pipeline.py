@@ -109,6 +109,7 @@ class Pipeline:
         from lrcompile.frontend import open_graph
 
         graph = open_graph(graph)
+        outcome.target_of(graph, Path(out) if out is not None else None)  # a wrong name is told before the work
         run = self._prepare(graph, calibration, evaluation, tell, "optimize")
         try:
             return self._rewrite(run, Path(out) if out is not None else None, start)

@@ -30,6 +30,7 @@ _REFUSED = re.compile(r"file|storage|unsafe_(?!view)|record_stream|^set_|^resize
 _STRINGS = {
     "approximate",
     "reduction",
+    "padding",
     "padding_mode",
     "rounding_mode",
     "mode",
@@ -142,6 +143,7 @@ class Program(nn.Module):
             self.nodes.append((lookup(node["op"]), args, kwargs))
             known += 1
         self.output = spec["output"]
+        self.fixed = str(spec.get("fixed", ""))  # why torch could not keep every size free
         self.results = [item.index for item in _check([{"node": i} for i in spec["results"]], known)]
         self._last_uses()
 
@@ -187,7 +189,9 @@ class Program(nn.Module):
             )
             if not fits:
                 wanted = ", ".join(map(str, dims))
-                raise InvalidInputError(f"shape {tuple(tensor.shape)} does not fit ({wanted}) of the trace", where=name)
+                found = f"shape {tuple(tensor.shape)} does not fit ({wanted}) of the trace"
+                hint = f"torch could not keep other sizes free: {self.fixed}" if self.fixed else ""
+                raise InvalidInputError(found, where=name, hint=hint)
         return [given[name] for name in names]
 
     def _fits(self, want: int | str, have: int, sizes: dict[str, int]) -> bool:

@@ -37,16 +37,19 @@ def export(model: nn.Module, sample: Any, names: Mapping[Hashable, str]) -> tupl
     try:
         with evaluating(model, inference=False):
             form = _form(model(**inputs), [])
-            exported = _export(_Flat(model), inputs)
+            exported, fixed = _export(_Flat(model), inputs)
         writer = _Writer(exported, names)
-        spec = {**writer.spec(), "output": form}
+        spec = {**writer.spec(), "output": form, **({"fixed": fixed} if fixed else {})}
     except UnsupportedError:
         raise
     except Exception as error:  # export raises anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise _refusal(f"torch.export fails: {reason}") from error
+        raise _refusal(f"torch.export fails: {_first_line(error)}") from error
     _verify(model, spec, writer, inputs)
     return spec, writer.extra
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _refusal(reason: str) -> UnsupportedError:
@@ -92,22 +95,41 @@ def _form(value: Any, leaves: list[Tensor]) -> Any:
     raise _refusal(f"the model returns a {type(value).__name__}")
 
 
-def _export(flat: _Flat, inputs: dict[str, Any]) -> torch.export.ExportedProgram:
-    """As many free sizes as torch allows: all, else the samples' number, else none."""
-    auto = torch.export.Dim.AUTO
+_ATTEMPTS = (8, 8, 1, 0)
+"""Axes of each input that may be free: all, else the samples' number, else none. All are asked for twice: in a process
+that compiled other models, torch's first trace has been seen to fix a size that the next one left free."""
+
+
+def _export(flat: _Flat, inputs: dict[str, Any]) -> tuple[torch.export.ExportedProgram, str]:
+    """As many free sizes as torch allows, and why not all, where it says so."""
     last: Exception | None = None
-    for axes in (8, 1, 0):
-        shapes = {
-            name: {axis: auto for axis in range(min(value.ndim, axes))} if isinstance(value, Tensor) else None
-            for name, value in inputs.items()
-        }
+    for attempt, axes in enumerate(_ATTEMPTS):
         try:
-            return torch.export.export(flat, (inputs,), dynamic_shapes=(shapes,), strict=False)
+            exported = torch.export.export(flat, (inputs,), dynamic_shapes=(_free(inputs, axes),), strict=False)
         except UnsupportedError:
             raise
         except Exception as error:  # the next attempt asks for less
-            last = error
+            last = last or error
+            continue
+        if attempt or not _fixes(exported, inputs):
+            return exported, "" if last is None or axes == _ATTEMPTS[0] else _first_line(last)
     raise last or RuntimeError("no attempt was made")
+
+
+def _free(inputs: dict[str, Any], axes: int) -> dict[str, Any]:
+    auto = torch.export.Dim.AUTO
+    return {
+        name: {axis: auto for axis in range(min(value.ndim, axes))} if isinstance(value, Tensor) else None
+        for name, value in inputs.items()
+    }
+
+
+def _fixes(exported: torch.export.ExportedProgram, inputs: dict[str, Any]) -> bool:
+    """Whether an axis beside the channels, which networks fix by themselves, has one size."""
+    given = [value for value in inputs.values() if isinstance(value, Tensor)]
+    traced = [node.meta["val"] for node in exported.graph.nodes if node.name in exported.graph_signature.user_inputs]
+    axes = [value.shape[: -1 if like.is_floating_point() else None] for value, like in zip(traced, given, strict=False)]
+    return any(isinstance(size, int) for shape in axes for size in shape)
 
 
 class _Writer:

@@ -19,6 +19,7 @@ PASSES = {
 }
 BACKENDS = {
     "onnxruntime": "lrcompile.backends.onnxruntime:OnnxRuntime",
+    "exported": "lrcompile.backends.exported:Exported",
     "eager": "lrcompile.backends.eager:Eager",
 }
 EXACT = ("clean", "fold", "exact-low-rank")
@@ -57,7 +58,7 @@ def passes() -> dict[str, type]:
 
 
 def backend_for(graph: object) -> Any:
-    """An instance of the first backend that takes the graph.
+    """An instance of the first backend that takes the graph; `exported` stands before `eager`, whose graphs it extends.
 
     Raises:
         UsageError: none does.

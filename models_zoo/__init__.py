@@ -1,4 +1,5 @@
 """Small real models with their data: ``load("digits_vit")``, ``load("minilm")``, ``load("smollm2")``.
+``load("smollm2_cached")`` is the last with its cache as inputs and outputs.
 
 The registry is lazy: ``names()`` reads nothing, ``load`` imports one model's file, and weights and
 data are read when one of the model's functions is called.
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lrcompile.zoo.base import Batch, MissingPackageError, Run, ZooModel, module_run, onnx_run
 
-_MODELS = {name: f"lrcompile.zoo.{name}" for name in ("digits_vit", "minilm", "smollm2")}
+_MODELS = {name: f"lrcompile.zoo.{name}" for name in ("digits_vit", "minilm", "smollm2", "smollm2_cached")}
 _FACE = ("Batch", "MissingPackageError", "Run", "ZooModel", "module_run", "onnx_run")
 
 __all__ = ["Batch", "MissingPackageError", "Run", "ZooModel", "exported", "load", "module_run", "names", "onnx_run"]

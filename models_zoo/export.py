@@ -26,6 +26,7 @@ def export_onnx(
     *,
     outputs: Sequence[str],
     axes: Mapping[str, Mapping[int, str]],
+    arguments: tuple[Any, ...] | None = None,
 ) -> None:
     """Write ``module`` as one ONNX file with the weights inside.
 
@@ -34,28 +35,66 @@ def export_onnx(
         example: an input batch by argument name; these become the names of the graph inputs.
         path: the file, replaced at once when it is complete.
         outputs: names of the graph outputs.
-        axes: per input, the dynamic axes and their names. Use sizes of at least 2 in the example.
+        axes: per input, the dynamic axes and their names. Use sizes of at least 2 in the example. A name may be a
+            sum of others, such as ``past + sequence``: sums need ``arguments``.
+        arguments: the example's tensors in the order and the lists in which forward() takes them by position; by
+            default each is passed by its name.
     """
     import torch
 
-    dims = {name: torch.export.Dim(name) for sizes in axes.values() for name in sizes.values()}
-    shapes: dict[str, Any] = {key: {axis: dims[name] for axis, name in sizes.items()} for key, sizes in axes.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module,
-            args=(),
-            kwargs=dict(example),
+            args=arguments or (),
+            kwargs=None if arguments else dict(example),
             input_names=list(example),
             output_names=[_MARK + name for name in outputs],
-            dynamic_shapes=shapes,
+            dynamic_shapes=_by_position(arguments, example, axes) if arguments else _by_name(axes),
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
         )
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
-    write_atomic(_anonymous(_named(program.model_proto)), path)
+    model = _named(program.model_proto)
+    write_atomic(_anonymous(_sized(model, axes) if arguments else model), path)
+
+
+def _by_name(axes: Mapping[str, Mapping[int, str]]) -> dict[str, Any]:
+    from torch.export import Dim
+
+    dims = {name: Dim(name) for sizes in axes.values() for name in sizes.values()}
+    return {key: {axis: dims[name] for axis, name in sizes.items()} for key, sizes in axes.items()}
+
+
+def _by_position(arguments: tuple[Any, ...], example: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, str]]):
+    """The arguments with each tensor's free axes in its place; torch finds how the sizes depend on each other."""
+    from torch.export import Dim
+    from torch.utils._pytree import tree_map
+
+    free = {id(tensor): {axis: Dim.AUTO for axis in axes.get(name, {})} for name, tensor in example.items()}
+    return tree_map(lambda tensor: free[id(tensor)], arguments)
+
+
+def _sized(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]]) -> onnx.ModelProto:
+    """Gives the sizes that torch named their own names, wherever they stand.
+
+    Raises:
+        RuntimeError: a size that was to be free is fixed in the graph.
+    """
+    names: dict[str, str] = {}
+    for value in model.graph.input:
+        for axis, name in axes.get(value.name, {}).items():
+            size = value.type.tensor_type.shape.dim[axis]
+            if not size.dim_param:
+                raise RuntimeError(f"{value.name}: the export fixed axis {axis} at {size.dim_value}")
+            names.setdefault(size.dim_param, name)
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param:
+                size.dim_param = " + ".join(names.get(part, part) for part in size.dim_param.split(" + "))
+    return model
 
 
 def _named(model: onnx.ModelProto) -> onnx.ModelProto:

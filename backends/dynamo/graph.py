@@ -10,18 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional
 
+from lrcompile.graphs.fx.match import call_of, linear
 from lrcompile.graphs.structured import affine, strided
 from lrcompile.linop import Dense, Identity, LinearOperator, Product, Scaled, Stack, Sum, rebuild, structure, tensors
 from lrcompile.sites import Window
 from lrcompile.windows import convolve
-
-linear: Any = torch._C._nn.linear  # pyright: ignore[reportAttributeAccessIssue] - what torch captures for F.linear
-LINEAR = (linear, functional.linear, torch.ops.aten.linear.default)
-PRODUCTS = (torch.matmul, torch.mm, torch.ops.aten.mm.default, torch.ops.aten.matmul.default)
-ADDMM = (torch.addmm, torch.ops.aten.addmm.default)
-CONVS = (torch.conv1d, torch.conv2d, torch.conv3d)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,47 +69,19 @@ def is_weight(value: Any) -> bool:
 
 def use_of(node: fx.Node, weight: fx.Node) -> Use | None:
     """How a node uses a weight as a linear map; None where it does something else with it."""
-    if node.op != "call_function" or sum(arg is weight for arg in node.all_input_nodes) != 1:
+    call = call_of(node) if sum(arg is weight for arg in node.all_input_nodes) == 1 else None
+    if call is None or call.weight is not weight:
         return None
-    args, target = node.args, node.target
-    if target in LINEAR:
-        given = _named(node, ("input", "weight", "bias"))
-        return Use(node, "Linear", given["input"], given.get("bias")) if given.get("weight") is weight else None
-    if target in PRODUCTS and len(args) == 2 and args[1] is weight and _is_matrix(weight):
-        return Use(node, "Conv1D", args[0])
-    if target in ADDMM and len(args) == 3 and not node.kwargs and args[2] is weight:
-        return Use(node, "Conv1D", args[1], args[0]) if _is_vector(args[0]) else None
-    return _convolution(node, weight) if target in CONVS else None
-
-
-def _named(node: fx.Node, names: Sequence[str]) -> dict[str, Any]:
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-
-
-def _convolution(node: fx.Node, weight: fx.Node) -> Use | None:
-    given = _named(node, ("input", "weight", "bias", "stride", "padding", "dilation", "groups"))
-    value = _example(weight)
-    if value is None or given.get("weight") is not weight or given.get("groups", 1) != 1:
+    if call.kind == "Linear":
+        return Use(node, call.kind, call.input, call.bias)
+    if call.kind == "Conv1D":
+        fits = _is_matrix(weight) and (call.bias is None or _is_vector(call.bias))
+        return Use(node, call.kind, call.input, call.bias) if fits else None
+    value, geometry = _example(weight), call.geometry
+    if value is None or geometry is None or geometry.groups != 1:
         return None
-    kernel = tuple(int(size) for size in value.shape[2:])
-    strides, dilations = (_each(given.get(name, 1), len(kernel)) for name in ("stride", "dilation"))
-    pads = _pads(given.get("padding", 0), kernel, dilations)
-    if not all(isinstance(number, int) for number in (*strides, *pads, *dilations)):
-        return None
-    return Use(node, "Conv", given["input"], given.get("bias"), Window(kernel, strides, pads, dilations))
-
-
-def _pads(padding: Any, kernel: tuple[int, ...], dilations: tuple[int, ...]) -> tuple[int, ...]:
-    """Zeros before each axis, then behind each axis."""
-    if padding == "same":
-        total = [(size - 1) * spread for size, spread in zip(kernel, dilations, strict=True)]
-        return (*(size // 2 for size in total), *(size - size // 2 for size in total))
-    return _each(0 if padding == "valid" else padding, len(kernel)) * 2
-
-
-def _each(value: Any, axes: int) -> tuple[int, ...]:
-    found = tuple(value) if isinstance(value, tuple | list) else (value,)
-    return found * axes if len(found) == 1 else found
+    window = geometry.window(value.shape[2:])
+    return None if window is None else Use(node, call.kind, call.input, call.bias, window)
 
 
 def _example(node: Any) -> Any:

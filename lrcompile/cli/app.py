@@ -27,7 +27,7 @@ def _option(*names: str, help: str) -> Any:
     return typer.Option(*names, help=help, envvar=f"LRCOMPILE_{variable}", show_envvar=False)
 
 
-Model = Annotated[str, typer.Argument(help="an .onnx file, or a Hugging Face folder")]
+Model = Annotated[str, typer.Argument(help="an .onnx or .pt2 file, or a Hugging Face folder")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="no progress on stderr")]
@@ -70,7 +70,7 @@ Latency = Annotated[bool, _option("--latency-check/--no-latency-check", help="me
 Threads = Annotated[int, _option("--threads", help="threads of timed runs; 0: all cores")]
 Shape = Annotated[list[str] | None, _option("--shape", help="input_ids=1x128, or batch=16: shapes of made-up inputs")]
 Samples = Annotated[int | None, _option("--samples", help="samples of --calib in a timed run; 8 if not given")]
-Output = Annotated[str | None, typer.Option("-o", "--output", help="default: MODEL.lrcompile.onnx")]
+Output = Annotated[str | None, typer.Option("-o", "--output", help="default: MODEL.lrcompile.onnx (or .pt2)")]
 
 app = typer.Typer(
     add_completion=False,

@@ -78,16 +78,16 @@ def _in_process(
 ) -> list[list[float]]:
     """Modules, and a module against a file: both in this process."""
     from lrcompile.graphs.module import ModuleGraph
-    from lrcompile.graphs.module_time import caller, ready
+    from lrcompile.graphs.module_time import caller, plain, ready
 
-    models = [graph.model for graph in graphs if isinstance(graph, ModuleGraph)]
+    models = [plain(graph) for graph in graphs if isinstance(graph, ModuleGraph)]
     for graph in graphs:
         graph.run(inputs)  # says what is wrong with the inputs
     with ready(models, threads) if models else nullcontext():
         calls: list[Callable[[], object]] = []
         for graph in graphs:
             if isinstance(graph, ModuleGraph):
-                calls.append(caller(graph.model, inputs))
+                calls.append(caller(plain(graph), inputs))
             else:
                 calls.append(_file_caller(graph, inputs, threads))
         return measure.interleaved(calls, seconds, precision=precision)

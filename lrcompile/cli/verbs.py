@@ -146,7 +146,7 @@ def _options(given: dict[str, Any]) -> Any:
 
 def _default_output(model: Path) -> Path:
     if not model.is_dir():
-        return model.with_suffix(".lrcompile.onnx")
+        return model.with_suffix(f".lrcompile{'.pt2' if model.suffix == '.pt2' else '.onnx'}")
     whole = Path(os.path.abspath(model))  # "." has no name to extend
     return (model if model.name not in ("", "..") else whole).with_name(f"{whole.name}.lrcompile")
 
@@ -165,7 +165,7 @@ def _check_output(model: Path, output: Path, force: bool) -> None:
         return
     if os.path.lexists(output) and model.exists() and output.exists() and output.samefile(model):
         raise UsageError("the output is the input", where=str(output), hint="choose another --output, or --force")
-    stem = output.name.removesuffix(".onnx")
+    stem = output.name.removesuffix(".pt2" if model.suffix == ".pt2" else ".onnx")
     beside = [] if model.is_dir() else [output.with_name(f"{stem}.report.{kind}") for kind in ("json", "html")]
     for path in (output, *beside):
         if any(path.iterdir()) if path.is_dir() else os.path.lexists(path):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lrcompile.graphs.base import Inputs
+from lrcompile.graphs.fx.graph import FxGraph
 from lrcompile.graphs.module import ModuleGraph
 from lrcompile.graphs.module_run import bind, evaluating
 from lrcompile.graphs.module_sites import share
@@ -35,8 +36,15 @@ def caller(model: nn.Module, inputs: Inputs) -> Callable[[], object]:
     return lambda: model(*args, **named)
 
 
+def plain(graph: ModuleGraph) -> nn.Module:
+    """What a graph without replacements runs: the module, or an exported program's own operations."""
+    return graph.pair()[0] if isinstance(graph, FxGraph) else graph.model
+
+
 def both(graph: ModuleGraph) -> tuple[nn.Module, nn.Module]:
     """The module as it was given, and as it stands; they share every tensor that was not replaced."""
+    if isinstance(graph, FxGraph):
+        return graph.pair()
     stands = share(graph.model)
     with graph.as_given():
         return share(graph.model), stands

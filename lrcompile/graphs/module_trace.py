@@ -45,7 +45,7 @@ class _Watch(TorchDispatchMode):
             for reader in found.readers[:1]:
                 weight = reader.module.weight  # a parametrised weight is computed anew each time and never matches
                 if isinstance(weight, Tensor):
-                    self.owners.setdefault(weight.untyped_storage()._cdata, []).append((*_span(weight), found))
+                    self.owners.setdefault(weight.untyped_storage()._cdata, []).append((*span(weight), found))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in tree_leaves((args, kwargs or {})):
@@ -57,7 +57,7 @@ class _Watch(TorchDispatchMode):
         owners = self.owners.get(tensor.untyped_storage()._cdata)
         if not owners:
             return
-        start, end = _span(tensor)
+        start, end = span(tensor)
         for low, high, found in owners:
             inside = any(module is reader.module for _, module in self.stack for reader in found.readers)
             if start < high and low < end and not inside and found.site.name not in self.trace.raw:
@@ -65,7 +65,7 @@ class _Watch(TorchDispatchMode):
                 self.trace.raw[found.site.name] = f"{where} ({func})"
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
+def span(tensor: Tensor) -> tuple[int, int]:
     """First and last element within the storage."""
     start = int(tensor.storage_offset())
     reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size)

@@ -84,6 +84,11 @@ class Pool:
         self._nodes: dict[LinearOperator, Factors] = {}
         self._tensors: dict[Hashable, tuple[Tensor, Tensor]] = {place(p): (p, p) for p in known}
 
+    def known(self, tensor: Tensor) -> Tensor:
+        """The registered tensor with the same elements, else the tensor itself."""
+        found = self._tensors.get(place(tensor))
+        return tensor if found is None else found[1]
+
     def factors(self, operator: LinearOperator, *, device: torch.device, trainable: bool) -> Factors:
         """The module of an operator, on ``device``; float tensors require gradients if ``trainable``."""
         if operator not in self._nodes:

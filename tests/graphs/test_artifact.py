@@ -141,6 +141,23 @@ def test_a_program_holds_for_other_sizes_and_refuses_what_it_was_not_traced_for(
         program(input_ids=fed["input_ids"], attention_mask=fed["attention_mask"][:2])
 
 
+def test_a_size_that_had_to_be_fixed_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = torch.export.export
+
+    def choosy(*args: Any, dynamic_shapes: Any, **kwargs: Any) -> Any:
+        if any(len(axes) > 1 for axes in dynamic_shapes[0].values()):
+            raise RuntimeError("not the sequence")
+        return real(*args, dynamic_shapes=dynamic_shapes, **kwargs)
+
+    monkeypatch.setattr(torch.export, "export", choosy)
+    save(rewritten(), tmp_path, sample=tokens(3, 5))
+    program: Any = load(tmp_path)
+    same_outputs(rewritten().model, program, **tokens(2, 5))
+    with pytest.raises(InvalidInputError, match="does not fit") as caught:
+        program(**{name: torch.from_numpy(array) for name, array in tokens(3, 6).items()})
+    assert "not the sequence" in caught.value.hint
+
+
 def test_a_program_trains(saved: Path):
     program: Any = load(saved)
     program(**{name: torch.from_numpy(array) for name, array in tokens().items()})["logits"].square().sum().backward()
