@@ -14,11 +14,10 @@ import pytest
 import lrcompile
 from benchmarks.conformance import Tally, behind
 from benchmarks.conformance_cases import RANDOM, cases, embedded, equal
+from benchmarks.tile_rules import cut_in_two, feeds_of
 from lrcompile.errors import LrcompileError
 from lrcompile.graphs.onnx.graph import OnnxGraph
-from lrcompile.graphs.onnx.tiling import emit, plan
-from lrcompile.graphs.onnx.tiling.grow import Grower
-from lrcompile.graphs.onnx.tiling.memory import Lives, Readers, execution
+from lrcompile.graphs.onnx.tiling import plan
 from lrcompile.graphs.onnx.tiling.sizes import measured
 
 LIGHT = Path(str(onnx.__file__)).parent / "backend" / "test" / "data" / "light"
@@ -108,33 +107,15 @@ def test_what_is_put_before_a_case_hands_on_its_values() -> None:
 
 
 def test_row_tiles_of_a_sample_of_all_operators() -> None:
-    """Each node alone in two tiles, along every axis that its rule allows."""
-    regions = 0
+    """One case in seven; ``python -m benchmarks tile_rules`` takes all."""
+    ways = 0
     for case in cases()[11::7]:
-        initialised = {each.name for each in case.model.graph.initializer}
-        if len(case.model.graph.node) > 2:  # an operator written out in dozens of others
+        feeds, graph = feeds_of(case), OnnxGraph.from_proto(case.model)
+        if feeds is None or len(case.model.graph.node) > 2 or (graph.opset or 0) < plan.OPSET:
             continue
-        names = [value.name for value in case.model.graph.input if value.name not in initialised]
-        feeds = dict(zip(names, case.data_sets[0][0], strict=False))
-        graph = OnnxGraph.from_proto(case.model)
-        if all(isinstance(each, np.ndarray) for each in feeds.values()) and (graph.opset or 0) >= plan.OPSET:
-            regions += _in_two(graph.model, feeds)
-    assert regions > 60
-
-
-def _in_two(model: ir.Model, feeds: dict[str, Any]) -> int:
-    """Cuts every node alone along every axis, and compares; returns the number of ways."""
-    try:
-        sizes = measured(model, feeds)
-    except LrcompileError:  # ONNX Runtime has no kernel
-        return 0
-    readers, count = Readers(model.graph), 0
-    grower = Grower(Lives(execution(model.graph, readers), sizes, readers), sizes)
-    for value in (value for node in model.graph for value in node.outputs):
-        for region in grower.seeds(value):
-            clone = model.clone()
-            emit.Writer(clone.graph, sizes).tile(next(plan.moved(model.graph, clone.graph, [region])), 2)
-            clone.graph.sort()
-            plan.check(model, clone, sizes)
-            count += 1
-    return count
+        try:
+            measured(graph.model, feeds)
+        except LrcompileError:  # ONNX Runtime has no kernel
+            continue
+        ways += sum(1 for _ in cut_in_two(graph.model, feeds))
+    assert ways > 60
