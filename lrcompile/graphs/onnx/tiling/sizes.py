@@ -55,6 +55,7 @@ class Sizes:
     inputs: Sequence[Inputs]
     itemsize: Mapping[str, int] = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()
+    _bytes: dict[str, int] = field(default_factory=dict)
 
     def of(self, value: ir.Value | None) -> tuple[Size, ...] | None:
         """Every dimension of a value, None where nothing is known."""
@@ -80,8 +81,11 @@ class Sizes:
 
     def nbytes(self, value: ir.Value) -> int:
         """Bytes of a computed value in the first run; 0 where nothing is known, or it is fixed."""
-        found = None if str(value.name) in self.fixed else self.shapes.get(str(value.name))
-        return 0 if found is None else prod(found[0]) * self.itemsize.get(str(value.name), 4)
+        name = str(value.name)
+        if name not in self._bytes:
+            found = None if name in self.fixed else self.shapes.get(name)
+            self._bytes[name] = 0 if found is None else prod(found[0]) * self.itemsize.get(name, 4)
+        return self._bytes[name]
 
 
 def static(size: Size) -> bool:
