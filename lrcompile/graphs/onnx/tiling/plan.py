@@ -150,7 +150,11 @@ def check(model: ir.Model, clone: ir.Model, sizes: Sizes) -> None:
             wanted = old.run(batch)
         except LrcompileError:
             continue  # the model itself does not run at this size
-        found = new.run(batch)
+        try:
+            found = new.run(batch)
+        except LrcompileError as error:
+            at = ", ".join(f"{name} of {array.shape}" for name, array in batch.items())
+            raise GateError(f"ONNX Runtime fails on the tiles for {at}: {error.message}") from error
         for name, array in wanted.items():
             _same(name, array, found[name], batch)
 
