@@ -56,7 +56,7 @@ class Result:
 
     @property
     def model(self) -> Any:
-        """The rewritten ``nn.Module`` or ``onnx_ir.Model``."""
+        """The rewritten ``nn.Module``, ``torch.export.ExportedProgram`` or ``onnx_ir.Model``: what was given."""
         return getattr(self.built, "module", None) or getattr(self.built, "model", None)
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
