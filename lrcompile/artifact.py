@@ -224,7 +224,8 @@ def save_result(result: Any, folder: str | Path, *, force: bool = False) -> Path
     suffixes = SUFFIXES.get(result.graph.kind)
     stem = "report" if suffixes is None else "model.report"
     with AtomicSet(folder / (TARGET if suffixes is None else f"model{suffixes[0]}"), force=force) as files:
-        backend_for(result.graph).build(result.graph, out=files)
+        graph = result.final or result.graph
+        backend_for(graph).build(graph, out=files)
         files.stage(f"{stem}.json").write_text(json_text(result.report), encoding="utf-8")
         files.stage(f"{stem}.html").write_text(html_text(result.report), encoding="utf-8")
     return files.target
