@@ -218,8 +218,7 @@ def save_result(result: Any, folder: str | Path, *, force: bool = False) -> Path
     suffix = SUFFIXES.get(result.graph.kind)
     stem = "report" if suffix is None else "model.report"
     with AtomicSet(folder / (TARGET if suffix is None else f"model{suffix}"), force=force) as files:
-        graph = result.final or result.graph
-        backend_for(graph).build(graph, out=files)
+        backend_for(result.graph).build(result.graph, out=files)
         files.stage(f"{stem}.json").write_text(json_text(result.report), encoding="utf-8")
         files.stage(f"{stem}.html").write_text(html_text(result.report), encoding="utf-8")
     return files.target

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Result:
         """
         from lrcompile.artifact import save_result
 
-        return save_result(self, Path(folder), force=force)
+        return save_result(replace(self, graph=self.final or self.graph), Path(folder), force=force)
 
 
 @dataclass(frozen=True)
