@@ -6,8 +6,8 @@ tests share; all of it is integer arithmetic of at most 64 bits, rounded once at
 Bounds, in units of the output code, of the distance to real arithmetic on the same codes, before clamping:
 
 * :func:`requantise` and :func:`add` (linear maps, products, sums of two): 1/2 + 1/100;
-* :func:`softmax`: 1/2 + 1/64;
-* :func:`layer_norm`: 1/2 + (|z| + 1) 2^-16 |gain| / output scale + 1/1000, z the normalised value;
+* :func:`softmax`: 1/2 + 1/500 for up to 256 codes in a row, up to 1/64 for 16,384;
+* :func:`layer_norm`: 1/2 + (|z| + 1) 2^-19 |gain| / output scale + 1/1000, z the normalised value;
 * a table (:func:`table`): 1/2, the rounding itself.
 """
 
@@ -21,9 +21,18 @@ import numpy as np
 
 LOW, HIGH = -128, 127
 MULTIPLIER_BITS = 31
+SHIFT_STEPS = (8, 4)
+"""Shifts are multiples of these, so that layers share kernels: where a multiplier is one number, and where channels
+have their own. It costs a multiplier fewer of its bits than that."""
 SOFTMAX_BITS = 30  # of a row's sum
 RECIPROCAL_BITS = 31
-NORM_BITS = 16  # fraction of a normalised value
+FACTOR_BITS = 30
+INVERSE_BITS = 38  # fraction of the inverse of a row's deviation, in 64 bits
+NORM_BITS = 20  # fraction of a normalised value
+OFFSET_BITS = 16  # fraction of what normalisation adds at its end
+BIAS_BITS = (8, 4, 0)
+"""Fractions of a sum's bias, the first that 32 bits have room for: rounded to whole units of the sum, biases would turn
+one code in a few thousand."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ class Scaling:
     """``(value * multiplier + offset) >> shift``: multiplication by a real number, plus the zero, rounded half up.
 
     Args:
-        multiplier: int32, one or one per channel; the largest has 31 bits.
+        multiplier: int32, one or one per channel; the largest has at least 24 bits, or 28.
         offset: int64, half of the last place and the zero of the output.
     """
 
@@ -81,9 +90,14 @@ class Scaling:
         """For ``value * ratio + zero``; ``ratio`` is positive, below 2^30 and not all zero."""
         ratio = np.asarray(ratio, np.float64)
         shift = MULTIPLIER_BITS - math.frexp(float(ratio.max()))[1]
-        shift = min(shift, 54)  # the zero, at most 128, is shifted as far
+        shift = _even(min(shift, 54), SHIFT_STEPS[ratio.size > 1])  # the zero, at most 128, is shifted as far
         multiplier = np.minimum(np.rint(np.ldexp(ratio, shift)), 2**MULTIPLIER_BITS - 1).astype(np.int32)
         return cls(multiplier, shift, (zero << shift) + (1 << (shift - 1) if shift else 0))
+
+
+def _even(shift: int, step: int) -> int:
+    """A shift rounded down to a multiple, where it is not too short for that."""
+    return shift - shift % step if shift >= 2 * step else shift
 
 
 def requantise(total: np.ndarray, scaling: Scaling) -> np.ndarray:
@@ -140,16 +154,17 @@ class Softmax:
     """Softmax over ``count`` codes.
 
     Args:
-        powers: exp(-scale * i) for i in 0..255, times 2^(30 - bits of count), so that a row's sum fits 31 bits.
-        drop: bits of the sum that are dropped, so that 16 or more remain.
-        factor, factor_shift: the output scale, which the row's reciprocal is multiplied by.
+        powers: exp(-scale * i) for i in 0..255, times 2^bits, so that a row's sum fits 31 bits.
+        bits: 30 less those of count.
+        drop: bits of the sum that are dropped for the first guess of its reciprocal, so that 16 or more remain.
+        factor: the output scale's mantissa, which the row's reciprocal is multiplied by.
         shift, offset: of the last step.
     """
 
     powers: np.ndarray
+    bits: int
     drop: int
     factor: int
-    factor_shift: int
     shift: int
     offset: int
 
@@ -158,24 +173,25 @@ class Softmax:
         """For rows of ``count`` codes."""
         bits = SOFTMAX_BITS - max(count - 1, 1).bit_length()
         powers = np.rint(np.ldexp(np.exp(-code.step * np.arange(256)), bits)).astype(np.int32)
-        drop = bits - 16
-        # 1 / sum = reciprocal * 2^-(31 + drop); output = power * reciprocal * 2^-(31 + drop) / out.step + zero
+        # 1 / sum = reciprocal * 2^-(30 + bits); output = power * reciprocal * 2^-(30 + bits) / out.step + zero
         mantissa, exponent = math.frexp(1.0 / out.step)
-        factor, factor_shift = round(math.ldexp(mantissa, 30)), 15
-        shift = 31 + drop + 30 - exponent - factor_shift
-        return cls(powers, drop, factor, factor_shift, shift, (out.zero << shift) + (1 << (shift - 1)))
+        shift = 30 + bits - exponent
+        offset = (out.zero << shift) + (1 << (shift - 1))
+        return cls(powers, bits, bits - 16, round(math.ldexp(mantissa, FACTOR_BITS)), shift, offset)
 
 
 def softmax(codes: np.ndarray, how: Softmax) -> np.ndarray:
     """Softmax over the last axis.
 
-    The row's reciprocal has 15 to 31 bits; a power times it has at most 61.
+    The row's reciprocal is guessed to 15 bits by a division of 32 bits, and made exact to 29 by one of Newton's steps.
     """
     below = codes.max(-1, keepdims=True).astype(np.int32) - codes
     powers = how.powers[below].astype(np.int64)
-    total = powers.sum(-1, keepdims=True) >> how.drop
-    reciprocal = (2**RECIPROCAL_BITS - 1) // total
-    scaled = (reciprocal * how.factor) >> how.factor_shift
+    total = powers.sum(-1, keepdims=True)
+    guess = (2**RECIPROCAL_BITS - 1) // (total >> how.drop)
+    error = (1 << (15 + how.bits)) - total * guess
+    reciprocal = (guess << 15) + ((error * guess) >> how.bits)
+    scaled = (reciprocal * how.factor) >> FACTOR_BITS
     return np.clip((powers * scaled + how.offset) >> how.shift, LOW, HIGH).astype(np.int8)
 
 
@@ -189,7 +205,8 @@ class LayerNorm:
     Args:
         epsilon: in units of the variance times count^2, shifted likewise.
         root_shift: the variance is shifted left by twice this before its root is taken.
-        gain: int32 per channel; shift: int64 per channel, with the zero and the rounding.
+        gain: int32 per channel; a product with it is shifted by ``product_shift``.
+        offset: int32 per channel, with the zero and the rounding; ``shift`` bits of it are a fraction.
     """
 
     count: int
@@ -197,6 +214,7 @@ class LayerNorm:
     root_shift: int
     gain: np.ndarray
     offset: np.ndarray
+    product_shift: int
     shift: int
 
     @classmethod
@@ -207,16 +225,17 @@ class LayerNorm:
         root_shift = max(30 - math.frexp(most)[1], 0)
         ratio = gain.astype(np.float64) / out.step
         largest = max(float(np.abs(ratio).max()), 2.0**-20)
-        fraction = 30 - max(math.frexp(largest)[1], 0)
-        shift = fraction + NORM_BITS
-        offset = np.rint(np.ldexp(bias.astype(np.float64) / out.step + out.zero, shift)) + 2 ** (shift - 1)
+        fraction = _even(30 - max(math.frexp(largest)[1], 0), SHIFT_STEPS[0])
+        shift = OFFSET_BITS
+        shifted = bias.astype(np.float64) / out.step + out.zero
+        offset = np.clip(np.rint(np.ldexp(shifted, shift)) + 2 ** (shift - 1), -(2**30), 2**30).astype(np.int32)
         fixed = np.rint(np.ldexp(ratio, fraction)).astype(np.int32)
         small = round(math.ldexp(epsilon * (count / code.step) ** 2, 2 * root_shift))
-        return cls(count, small, root_shift, fixed, offset.astype(np.int64), shift)
+        return cls(count, small, root_shift, fixed, offset, fraction + NORM_BITS - shift, shift)
 
     @property
     def reciprocal_bits(self) -> int:
-        return 30 + self.root_shift
+        return INVERSE_BITS + self.root_shift
 
 
 def isqrt(value: np.ndarray) -> np.ndarray:
@@ -235,5 +254,6 @@ def layer_norm(codes: np.ndarray, how: LayerNorm) -> np.ndarray:
     root = isqrt(np.maximum((variance << (2 * how.root_shift)) + how.epsilon, 1 << (2 * how.root_shift)))
     reciprocal = (np.int64(1) << how.reciprocal_bits) // root
     centred = wide * np.int32(how.count) - total
-    normal = (centred.astype(np.int64) * reciprocal) >> (30 - NORM_BITS)
-    return np.clip((normal * how.gain + how.offset) >> how.shift, LOW, HIGH).astype(np.int8)
+    normal = (centred.astype(np.int64) * reciprocal) >> (INVERSE_BITS - NORM_BITS)
+    scaled = ((normal * how.gain) >> how.product_shift) + how.offset
+    return np.clip(scaled >> how.shift, LOW, HIGH).astype(np.int8)

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Result:
 
     @property
     def model(self) -> Any:
-        """The rewritten ``nn.Module`` or ``onnx_ir.Model``."""
+        """The rewritten ``nn.Module``, ``torch.export.ExportedProgram`` or ``onnx_ir.Model``: what was given."""
         return getattr(self.built, "module", None) or getattr(self.built, "model", None)
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
@@ -67,7 +67,7 @@ class Result:
         """
         from lrcompile.artifact import save_result
 
-        return save_result(replace(self, graph=self.final or self.graph), Path(folder), force=force)
+        return save_result(self, Path(folder), force=force)
 
 
 @dataclass(frozen=True)

@@ -45,14 +45,17 @@ def helpers(source: str) -> str:
 
 
 def passes(target: Target) -> list[Any]:
-    """Simplification, and the lowering of intrinsics; everything structural has been decided before."""
+    """Simplification, and the lowering of intrinsics; everything structural has been decided before.
+
+    Common subexpressions are left to the C compiler: which ones there are depends on numbers that happen to be equal,
+    and kernels of one structure must be one text.
+    """
     return [
         transform.BindTarget(target),
         transform.StmtSimplify(),
         s_transform.RenormalizeSplitPattern(),
         transform.StmtSimplify(),
         transform.RemoveNoOp(),
-        transform.CommonSubexprElim(),
         transform.LowerIntrin(),
     ]
 

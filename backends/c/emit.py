@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 
 from lrcompile.backends.c import integer
-from lrcompile.backends.c.codegen import functions, helpers
-from lrcompile.backends.c.lower import Lowered, Lowering
+from lrcompile.backends.c.codegen import helpers
+from lrcompile.backends.c.kernels import Kernels, kernels
+from lrcompile.backends.c.lower import Lowered
+from lrcompile.backends.c.sharing import Shared
 from lrcompile.backends.c.toolchain import C_TYPES, include_binary
 from lrcompile.dataflow.nest import Nest
 from lrcompile.dataflow.program import ARENA, ENTRY, ITEMSIZE, WEIGHTS, Kernel, Port, Program
@@ -20,6 +22,18 @@ from lrcompile.dataflow.schedule import Schedule
 from lrcompile.dataflow.scratch import Pieces
 
 ALIGN = 16
+WORD = 4  # bytes; kernels load words of bytes
+ATTRIBUTES = """#if defined(__clang__)
+#define LRC_KERNEL __attribute__((noinline))
+#define LRC_SHORT __attribute__((noinline, minsize))
+#elif defined(__GNUC__)
+#define LRC_KERNEL __attribute__((noinline))
+#define LRC_SHORT __attribute__((noinline, cold))
+#else
+#define LRC_KERNEL
+#define LRC_SHORT
+#endif
+"""
 
 
 def emit(schedule: Schedule) -> Program:
@@ -59,7 +73,8 @@ class _Call:
     nest: Nest
     kernel: Lowered
     pieces: Pieces
-    label: str
+    shared: Shared
+    symbol: str
 
 
 class _Emitter:
@@ -78,17 +93,18 @@ class _Emitter:
         self._known: dict[bytes, int] = {}
 
     def program(self) -> Program:
+        nests = self.schedule.nests
+        made = kernels(nests, sum({id(each): each.nbytes for each in self.formulas.constants.values()}.values()))
+        symbols = self._symbols(nests, made)
         calls = [
-            _Call(nest, Lowering(nest, f"k{at}").lower(), pieces, f"k{at}")
-            for at, (nest, pieces) in enumerate(zip(self.schedule.nests, self.schedule.pieces, strict=True))
+            _Call(nest, kernel, pieces, shared, symbols[shared.function])
+            for nest, kernel, pieces, shared in zip(nests, made.lowered, self.schedule.pieces, made.shared, strict=True)
         ]
-        texts = functions({call.label: call.kernel for call in calls})
-        symbols = self._symbols(calls, texts)
         for call in calls:
             for name in call.kernel.params:
                 if name in self.formulas.constants:
                     self._store(name)
-        body = self._source(calls, texts, symbols)
+        body = self._source(calls, made, symbols)
         files: dict[str, str | bytes] = {
             "model.h": self._header(),
             "model.c": body,
@@ -103,7 +119,7 @@ class _Emitter:
             outputs=tuple(self.outputs),
             weights=len(files["weights.bin"]),
             slots=tuple(self.schedule.slots.values()),
-            kernels=tuple(self._kernel(call, symbols[call.label]) for call in calls),
+            kernels=tuple(self._kernel(call) for call in calls),
             bound=self.schedule.bound,
             notes=tuple(self.schedule.notes),
         )
@@ -118,25 +134,22 @@ class _Emitter:
         data = np.ascontiguousarray(array.astype(np.uint8) if array.dtype == bool else array).tobytes()
         key = hashlib.sha256(data).digest()
         if key not in self._known:
-            self.blob += bytes(-len(self.blob) % ALIGN)
+            self.blob += bytes(-len(self.blob) % max(array.dtype.itemsize, WORD))
             self._known[key] = len(self.blob)
             self.blob += data
         self.weights[name] = self._known[key]
 
     # -- text ---------------------------------------------------------------------------------
 
-    def _symbols(self, calls: list[_Call], texts: dict[str, tuple[str, str]]) -> dict[str, str]:
-        """Call → name of its function; equal functions are written once."""
-        known: dict[tuple[str, str], str] = {}
+    def _symbols(self, nests: Sequence[Nest], made: Kernels) -> dict[int, str]:
+        """Function → its name, after the last node of the first nest that calls it."""
+        found: dict[int, str] = {}
         taken: set[str] = set(_RESERVED)
-        symbols = {}
-        for call in calls:
-            text = texts[call.label]
-            if text not in known:
-                nodes = call.nest.root.part.nodes
-                known[text] = identifier(f"model_{_short(nodes[-1] if nodes else call.nest.root.name)}", taken)
-            symbols[call.label] = known[text]
-        return symbols
+        for nest, shared in zip(nests, made.shared, strict=True):
+            if shared.function not in found:
+                nodes = nest.root.part.nodes
+                found[shared.function] = identifier(f"model_{_short(nodes[-1] if nodes else nest.root.name)}", taken)
+        return found
 
     def _signature(self) -> str:
         params = [f"const {C_TYPES[port.dtype]} *{port.symbol}" for port in self.inputs]
@@ -152,28 +165,21 @@ class _Emitter:
         lines += ["", "/* Not reentrant: all calls share one arena. Inputs are only read. */", f"{self._signature()};"]
         return "\n".join([*lines, "", "#endif", ""])
 
-    def _source(self, calls: list[_Call], texts: dict[str, tuple[str, str]], symbols: dict[str, str]) -> str:
-        kernels = "\n".join(self._functions(calls, texts, symbols))
+    def _source(self, calls: list[_Call], made: Kernels, symbols: dict[int, str]) -> str:
+        kernels = "\n".join(
+            f"{'LRC_SHORT' if at in made.short else 'LRC_KERNEL'} void {symbols[at]}({params});\n"
+            f"void {symbols[at]}({params})\n{{\n{body}}}\n"
+            for at, (params, body) in enumerate(made.functions)
+        )
         lines = ["/* Generated by lrcompile. */", '#include "model.h"', "", "#include <math.h>", "#include <stdbool.h>"]
-        lines += ["#include <stdint.h>", "", f"extern const unsigned char {WEIGHTS}[];", ""]
+        lines += ["#include <stdint.h>", "", f"extern const unsigned char {WEIGHTS}[];", "", ATTRIBUTES]
         lines += [helpers(kernels), *integer.helpers(kernels)]
         if self.schedule.arena:
             lines += ["#if defined(__GNUC__)", "__attribute__((aligned(16)))", "#endif"]
             lines += [f"unsigned char {ARENA}[{self.schedule.arena}];", ""]
-        return "\n".join([*lines, kernels, *self._run(calls, symbols), ""])
+        return "\n".join([*lines, kernels, *self._run(calls), ""])
 
-    def _functions(
-        self, calls: list[_Call], texts: dict[str, tuple[str, str]], symbols: dict[str, str]
-    ) -> Iterator[str]:
-        written = set()
-        for call in calls:
-            symbol = symbols[call.label]
-            if symbol not in written:
-                written.add(symbol)
-                params, body = texts[call.label]
-                yield f"void {symbol}({params});\nvoid {symbol}({params})\n{{\n{body}}}\n"
-
-    def _run(self, calls: list[_Call], symbols: dict[str, str]) -> Iterator[str]:
+    def _run(self, calls: list[_Call]) -> Iterator[str]:
         yield f"{self._signature()}\n{{"
         if self.schedule.scratch:
             yield f"    union {{ double align; unsigned char bytes[{self.schedule.scratch}]; }} pieces;"
@@ -182,9 +188,10 @@ class _Emitter:
             if port.name not in read:
                 yield f"    (void){port.symbol};"
         for call in calls:
-            arguments = ", ".join(self._argument(call, name) for name in call.kernel.params)
+            pointers = [self._argument(call, name) for name in call.kernel.params]
+            arguments = ", ".join([*pointers, *call.shared.arguments])
             nodes = ", ".join(call.nest.root.part.nodes).replace("*/", "")
-            yield f"    /* {nodes} */\n    {symbols[call.label]}({arguments});"
+            yield f"    /* {nodes} */\n    {call.symbol}({arguments});"
         yield "}"
 
     def _argument(self, call: _Call, name: str) -> str:
@@ -213,7 +220,7 @@ class _Emitter:
         kind = f"{'const ' if const else ''}{C_TYPES[dtype]} *"
         return f"({kind})(void *)({base} + {offset})" if not const else f"({kind})(const void *)({base} + {offset})"
 
-    def _kernel(self, call: _Call, symbol: str) -> Kernel:
+    def _kernel(self, call: _Call) -> Kernel:
         root, weights = call.nest.root, self.formulas.constants
         macs = 0
         for node in root.nodes():
@@ -225,7 +232,7 @@ class _Emitter:
             for name in call.kernel.params
             if name in weights
         )
-        return Kernel(symbol, root.part.nodes, loops, macs, call.pieces.stack, size)
+        return Kernel(call.symbol, root.part.nodes, loops, macs, call.pieces.stack, size)
 
 
 def _short(name: str) -> str:

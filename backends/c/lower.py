@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import struct
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import numpy as np
 from tvm import tirx
 from tvm.ir import PointerType, PrimType
 from tvm.ir import Var as Pointer
 
 from lrcompile.backends.c import integer
+from lrcompile.backends.c.literals import number
 from lrcompile.dataflow.blocking import UNROLL, blocks
 from lrcompile.dataflow.dot import dot
 from lrcompile.dataflow.expr import Call, Const, Datum, Expr, Load, Position, Result
@@ -58,10 +57,13 @@ class Lowered:
 
 
 class Lowering:
-    """Lowers one nest. Parameters are numbered, so that nests of equal structure become the same text."""
+    """Lowers one nest. Parameters are numbered, so that nests of equal structure become the same text.
 
-    def __init__(self, nest: Nest, symbol: str) -> None:
-        self.nest, self.symbol = nest, symbol
+    ``short`` takes one result at a time and unrolls no loop: for a nest whose bytes count for more than its time.
+    """
+
+    def __init__(self, nest: Nest, symbol: str, *, short: bool = False) -> None:
+        self.nest, self.symbol, self.short = nest, symbol, short
         self.shapes = nest.formulas
         self.buffers: dict[str, Any] = {}
         self.pointers: dict[str, Any] = {}
@@ -111,7 +113,7 @@ class Lowering:
         part = node.part
         if part.body is None:
             return [self._plain(node, part, env)]
-        factors = {var: factor for var, factor in blocks(part).items() if factor > 1}
+        factors = {} if self.short else {var: factor for var, factor in blocks(part).items() if factor > 1}
         choices = []
         for var, factor in factors.items():
             whole, rest = divmod(var.extent, factor)
@@ -174,8 +176,8 @@ class Lowering:
         found = dot(part)
         if found is not None:
             turn = tirx.Var(f"k{next(self._count)}", "int32")
-            return _seq(integer.loop(self, node, found, total, points, update, turn))
-        extent, width = last[0].extent, max(1, min(UNROLL, 64 // len(points)))
+            return _seq(integer.loop(self, node, found, total, points, update, turn, short=self.short))
+        extent, width = last[0].extent, 1 if self.short else max(1, min(UNROLL, 64 // len(points)))
         turn: Any = tirx.Var(f"k{next(self._count)}", "int32")
         whole, rest = divmod(extent, width)
         stmts = []
@@ -253,7 +255,7 @@ class Lowering:
     def _value(self, value: Expr, env: Env, node: Node, result: Any) -> Any:
         match value:
             case Const():
-                return _const(value)
+                return number(value)
             case Result():
                 return result
             case Position():
@@ -301,6 +303,8 @@ class Lowering:
                 return tirx.bitwise_not(args[0])
             case "isqrt":
                 return integer.isqrt(args[0])
+            case "quotient":
+                return integer.quotient(args)
             case "scale":
                 return integer.scale(args)
             case "isnan":
@@ -359,7 +363,7 @@ def _libm(name: str, dtype: str, args: list[Any]) -> Any:
 
 
 def _extreme(name: str, dtype: str, args: list[Any]) -> Any:
-    """The smaller or larger integer, by a function of the emitted file.
+    """The shorter or larger integer, by a function of the emitted file.
 
     TVM's C printer gives an operand of its own ``min`` a name and reuses that for the same text later on, even where
     the variable has changed in between.
@@ -377,20 +381,3 @@ def _cast(value: Any, old: str, new: str) -> Any:
     if old == "bool":
         return tirx.Select(value, tirx.const(1, new), tirx.const(0, new))
     return tirx.Cast(new, value)
-
-
-def _const(value: Const) -> Any:
-    """A number, exactly: what six decimals do not hold is written by its bits."""
-    if value.dtype == "bool":
-        return tirx.const(bool(value.value), "bool")
-    if not value.dtype.startswith("float"):
-        return tirx.const(int(value.value), value.dtype)
-    number = np.dtype(value.dtype).type(value.value)
-    if np.isfinite(number) and np.dtype(value.dtype).type(f"{float(number):.6e}") == number:
-        return tirx.const(float(number), value.dtype)
-    if value.dtype == "float32":
-        bits = struct.unpack("<I", struct.pack("<f", number))[0]
-        return tirx.call_pure_extern("float32", "lrc_f32", tirx.const(bits, "uint32"))
-    bits = struct.unpack("<Q", struct.pack("<d", number))[0]
-    high, low = tirx.const(bits >> 32, "uint32"), tirx.const(bits & 0xFFFFFFFF, "uint32")
-    return tirx.call_pure_extern("float64", "lrc_f64", high, low)

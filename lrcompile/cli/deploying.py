@@ -52,7 +52,7 @@ def deploy(given: dict[str, Any], tell: Progress) -> Answer:
         fields = _fields(firmware, board, check)
         fields["quantisation_drift"] = drift
         fields["precision"] = "int8" if backend.quantised(source) else "float32"
-        fields["files"] = _publish(firmware, schedule, fields, model, output, given["force"])
+        fields["files"] = _publish(firmware, board, check, fields, model, output, given["force"])
     return Answer(fields, lambda: _show(fields, schedule, output))
 
 
@@ -135,6 +135,7 @@ def _fields(firmware: Firmware, board: Board, check: Check | None) -> dict[str, 
         fields |= {
             "instructions": check.instructions,
             "max_error": check.max_error,
+            "relative_l2": check.distance,
             "samples": check.samples,
             "violations": len(check.violations),
             "stack_used": check.stack,
@@ -144,30 +145,29 @@ def _fields(firmware: Firmware, board: Board, check: Check | None) -> dict[str, 
 
 
 def _publish(
-    firmware: Firmware, schedule: Schedule, fields: dict[str, Any], model: Path, output: Path, force: bool
+    firmware: Firmware,
+    board: Board,
+    check: Check | None,
+    fields: dict[str, Any],
+    model: Path,
+    output: Path,
+    force: bool,
 ) -> list[str]:
-    """Puts sources, weights, image and report into the folder; all of them or none."""
+    """Puts sources, weights, image and reports into the folder; all of them or none."""
+    from lrcompile.backends.c.artifacts import costs, sources
     from lrcompile.files import AtomicSet, made_folder
+    from lrcompile.report.firmware import page
 
-    program = firmware.program
-    names = [*program.files, "firmware.elf", "report.json"]
-    report = fields | {
-        "files": names,
-        "bound": program.bound,
-        "arena": [vars_of(slot) for slot in program.slots],
-        "kernels": [vars_of(kernel) for kernel in program.kernels],
-    }
+    made: dict[str, str | bytes] = {**firmware.program.files, **sources(firmware.program, board.target)}
+    names = [*made, "firmware.elf", "report.json", "report.html"]
+    report = fields | {"model": model.name, "files": names, "bound": firmware.program.bound, **costs(firmware, check)}
+    made["report.html"] = page(report)
     with made_folder(output), AtomicSet(output / "report.json", inputs=[model], force=force) as files:
-        for name, content in program.files.items():
+        for name, content in made.items():
             files.stage(name).write_bytes(content.encode() if isinstance(content, str) else content)
         shutil.copyfile(firmware.board.path, files.stage("firmware.elf"))
         files.path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return names
-
-
-def vars_of(value: Any) -> dict[str, Any]:
-    """A plain record as JSON holds it."""
-    return {name: getattr(value, name) for name in value.__dataclass_fields__}
 
 
 def _show(fields: dict[str, Any], schedule: Schedule, output: Path) -> None:

@@ -13,6 +13,7 @@ INEXPENSIVE |= {"eq", "lt", "le", "gt", "ge", "ne", "shl", "shr", "bitand", "bit
 COSTS = {
     "scale": 5,
     "isqrt": 200,
+    "quotient": 200,
     "exp": 25,
     "log": 30,
     "erf": 40,

@@ -16,6 +16,7 @@ from lrcompile.dataflow.stage import Formulas, Part, Stage, unique
 
 CHEAP = 4  # instructions that may be spent twice rather than a buffer on their result
 ROUNDS = 200
+VIEWED = 8  # times that an element may be looked up anew
 LARGE = 150  # nodes of an expression that takes no more in
 
 
@@ -80,14 +81,19 @@ def _vanishes(stage: Stage, demand: Counter[str], moves_only: bool) -> bool:
     part = stage.parts[0] if stage.parts else None
     if part is None or len(stage.parts) > 1 or part.inner or not part.identity:
         return False
-    if isinstance(part.finish, (Load, Const, Position)):
+    loaded = demand[stage.name] / max(part.size, 1)
+    if isinstance(part.finish, (Load, Const, Position)) and (loaded <= VIEWED or not _indirect(part.finish)):
         return True
     if moves_only:
         return False
     if len(list(walk(part.finish))) > LARGE:
         return False
-    loaded = demand[stage.name] / max(part.size, 1)
-    return loaded <= 1 or (cost(part.finish) <= CHEAP and loaded <= 3) or (_view(part.finish) and loaded <= 8)
+    return loaded <= 1 or (cost(part.finish) <= CHEAP and loaded <= 3) or (_view(part.finish) and loaded <= VIEWED)
+
+
+def _indirect(value: Expr) -> bool:
+    """Whether data decide what is loaded, as in a table: that is work, and hides a product of neighbours."""
+    return sum(1 for _ in walk(value)) > 1
 
 
 def _view(value: Expr) -> bool:
@@ -188,8 +194,9 @@ def _take_in(part: Part, name: str, inner: Part, axis: int, first: int) -> Part:
 
 
 def _finish_reductions(formulas: Formulas) -> Formulas:
-    """A reduction that only one elementwise stage reads is computed there."""
-    readers = formulas.readers()
+    """A reduction that only one elementwise part reads is computed there."""
+    every = [part for stage in formulas.stages.values() for part in stage.parts]
+    readers = Counter(name for part in every for name in {load.tensor for load in part.loads()})
     stages = dict(formulas.stages)
     for name, stage in formulas.stages.items():
         stages[name] = replace(
@@ -198,7 +205,7 @@ def _finish_reductions(formulas: Formulas) -> Formulas:
     return replace(formulas, stages=stages)
 
 
-def _with_reduction(part: Part, stages: dict[str, Stage], readers: dict[str, list[str]], formulas: Formulas) -> Part:
+def _with_reduction(part: Part, stages: dict[str, Stage], readers: Counter[str], formulas: Formulas) -> Part:
     if part.inner:
         return part
     for load in part.loads():
@@ -206,7 +213,7 @@ def _with_reduction(part: Part, stages: dict[str, Stage], readers: dict[str, lis
         if source is None or len(source.parts) != 1 or source.name in formulas.outputs:
             continue
         inner = source.parts[0]
-        if not inner.inner or not inner.identity or len(readers[source.name]) > 1:
+        if not inner.inner or not inner.identity or readers[source.name] > 1:
             continue
         if part.size > inner.size or _guarded(part.finish, source.name):
             continue

@@ -49,6 +49,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "pow": np.power,
     "rem": np.fmod,
     "isqrt": isqrt,
+    "quotient": np.floor_divide,
     "scale": lambda value, by, offset, shift: (value.astype(np.int64) * by.astype(np.int64) + offset) >> shift,
     "select": np.where,
     "guard": np.where,

@@ -17,7 +17,7 @@ from lrcompile.dataflow.stage import Formulas, Part, Stage
 
 Inside = Mapping[str, Mode]
 Loops = tuple[tuple[int, int], ...]
-CHEAP = 0.05
+CHEAP = 0.1
 """Of the work of the costliest stage: what costs no more than this may be computed again for several nests."""
 SMALL = 1024  # bytes of pieces for which one loop is enough
 TILES = (4,)

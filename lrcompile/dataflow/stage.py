@@ -6,7 +6,7 @@ which order or in which pieces elements are computed, nor where they lie.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -42,11 +42,13 @@ class Part:
     body: Expr | None = None
     nodes: tuple[str, ...] = ()
 
-    def loads(self) -> Iterator[Load]:
+    def loads(self) -> tuple[Load, ...]:
         """All loads, of the reduction first."""
-        if self.body is not None:
-            yield from loads(self.body)
-        yield from loads(self.finish)
+        return self._loads
+
+    @cached_property
+    def _loads(self) -> tuple[Load, ...]:
+        return (*(() if self.body is None else loads(self.body)), *loads(self.finish))
 
     @property
     def identity(self) -> bool:

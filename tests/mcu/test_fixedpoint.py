@@ -70,7 +70,7 @@ def test_softmax(scale: float, count: int, seed: int, step: float):
     codes = np.clip(rng.normal(0, rng.uniform(1, 60), (20, count)), -128, 127).astype(np.int8)
     source, out = code(scale, 5), code(step, -128)
     got = fp.softmax(codes, fp.Softmax.of(source, out, count))
-    assert distance(got, special.softmax(fp.decode(codes, source), -1), out) <= 0.5 + 1 / 64
+    assert distance(got, special.softmax(fp.decode(codes, source), -1), out) <= 0.5 + 1 / 500 * max(count, 256) / 256
 
 
 @settings(max_examples=60)
@@ -83,7 +83,7 @@ def test_layer_norm(scale: float, count: int, seed: int, step: float):
     got = fp.layer_norm(codes, fp.LayerNorm.of(source, out, gain, bias, 1e-5))
     real = fp.decode(codes, source)
     normal = (real - real.mean(-1, keepdims=True)) / np.sqrt(real.var(-1, keepdims=True) + 1e-5)
-    bound = 0.5 + ((np.abs(normal) + 1) * 2.0**-16 * np.abs(gain) / step).max() + 1e-3
+    bound = 0.5 + ((np.abs(normal) + 1) * 2.0**-19 * np.abs(gain) / step).max() + 1e-3
     assert distance(got, normal * gain + bias, out) <= bound
 
 

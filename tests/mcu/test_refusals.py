@@ -47,8 +47,31 @@ def test_weights_that_flash_cannot_hold_are_counted(tmp_path: Path, capsys: pyte
     model = save(tmp_path / "m.onnx", helper.make_node("MatMul", ["x", "w"], ["y"], name="product"))
     code, error = refused(capsys, model, "--flash", "8KB")
     assert code == 4
-    assert "FLASH of 8192 bytes is" in error["message"]
+    assert "take 16384 bytes, 8192 more than the flash has" in error["message"]
+    assert "product" in error["message"]
+    assert "--int8" in error["hint"] and "--keep" in error["hint"]
+
+
+def test_code_that_flash_cannot_hold_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = save(tmp_path / "m.onnx", helper.make_node("Tanh", ["x"], ["y"], name="product"))
+    code, error = refused(capsys, model, "--flash", "512")
+    assert code == 4
+    assert "FLASH of 512 bytes is" in error["message"]
     assert "bytes too small" in error["message"]
+
+
+def test_ram_that_is_too_small_says_by_how_much_where_and_what_helps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    chain = helper.make_node("MatMul", ["x", "w"], ["h"], name="first"), helper.make_node("Softmax", ["h"], ["s"])
+    model = save(
+        tmp_path / "m.onnx", *chain, helper.make_node("MatMul", ["w", "s"], ["y"], name="last"), shape=(64, 64)
+    )
+    code, error = refused(capsys, model, "--ram", "35KB")
+    assert code == 4
+    assert "more than there are" in error["message"]
+    assert "node " in error["message"]
+    assert "quantise" in error["hint"] and "rank" in error["hint"]
 
 
 def test_a_stack_that_no_call_fits_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

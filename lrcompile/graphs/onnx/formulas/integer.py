@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from lrcompile.dataflow.expr import Const, Datum, Expr, Load, call, cast
 from lrcompile.dataflow.index import Sum, constant
-from lrcompile.fixedpoint import HIGH, LOW, NORM_BITS, RECIPROCAL_BITS
+from lrcompile.fixedpoint import FACTOR_BITS, HIGH, INVERSE_BITS, LOW, NORM_BITS, RECIPROCAL_BITS
 from lrcompile.graphs.onnx.formulas.builder import Builder, Handler, Index, broadcast, integer, integers, op
 from lrcompile.graphs.onnx.formulas.linear import Windows, matmul
 from lrcompile.graphs.onnx.formulas.moving import inside
@@ -65,7 +65,10 @@ def _minus(value: Expr, zero: int) -> Expr:
 
 @private("Linear")
 def _linear(b: Builder, node: ir.Node) -> None:
-    """x (…, in) int8, weight (out, in) int8, bias (out) int32, then a multiplier (out) or a real scale (out)."""
+    """x (…, in) int8, weight (out, in) int8, bias (out) int32, then a multiplier (out) or a real scale (out).
+
+    The lowest ``fraction`` bits of the bias are a fraction of the sum's unit.
+    """
     x, w, bias, scale = (b.need(node, at) for at in range(4))
     outputs, width = b.shape(w)
 
@@ -77,8 +80,8 @@ def _linear(b: Builder, node: ir.Node) -> None:
 
 def _finish(b: Builder, node: ir.Node, bias: str, scale: str, axis: int) -> Callable[[Expr, Index], Expr]:
     def finish(total: Expr, i: Index) -> Expr:
-        channel = [i[axis]]
-        total = call("add", total, b.at(bias, channel))
+        channel, fraction = [i[axis]], integer(node, "fraction")
+        total = call("add", call("shl", total, whole(fraction)) if fraction else total, b.at(bias, channel))
         if b.dtype(scale) == "float32":
             return call("mul", cast(total, "float32"), b.at(scale, channel))
         return scaled(total, b.at(scale, channel), node)
@@ -187,10 +190,12 @@ def _softmax(b: Builder, node: ir.Node) -> None:
     raised = b.define(None, b.shape(x), power, f"{name}/power")
 
     def reciprocal(total: Expr) -> Expr:
-        dropped = shifted(total, integer(node, "drop"))
-        inverse = call("div", whole(2**RECIPROCAL_BITS - 1), dropped)
-        product = call("mul", wide(inverse), whole(integer(node, "factor"), 64))
-        return cast(shifted(product, integer(node, "factor_shift")), "int32")
+        bits, factor = integer(node, "bits"), whole(integer(node, "factor"), 64)
+        guess = call("div", whole(2**RECIPROCAL_BITS - 1), shifted(total, integer(node, "drop")))
+        error = call("sub", whole(1 << (15 + bits), 64), call("mul", wide(total), wide(guess)))
+        more = shifted(call("mul", error, wide(guess)), bits)
+        found = call("add", call("shl", wide(guess), whole(15, 64)), more)
+        return cast(shifted(call("mul", found, factor), FACTOR_BITS), "int32")
 
     scale = over(b, None, raised, [axis], True, "add", None, reciprocal, f"{name}/scale")
     b.define(b.output(node), b.shape(x), lambda i: scaled(b.at(raised, i), b.at(scale, reduced(i)), node))
@@ -221,16 +226,16 @@ def _layer_norm(b: Builder, node: ir.Node) -> None:
         variance = call("sub", variance, call("mul", wide(first), wide(first)))
         shifted = call("add", call("shl", variance, whole(2 * root_shift, 64)), whole(integer(node, "epsilon"), 64))
         root = call("isqrt", call("max", shifted, whole(1 << (2 * root_shift), 64)))
-        return cast(call("div", whole(1 << (30 + root_shift), 64), root), "int32")
+        return call("quotient", whole(1 << (INVERSE_BITS + root_shift), 64), root)
 
     reciprocal = b.define(None, b.shape(total), inverse, f"{name}/scale")
 
     def formula(i: Index) -> Expr:
         centred = call("sub", call("mul", cast(b.at(x, i), "int32"), whole(count)), b.at(total, reduced(i)))
-        normal = shifted(call("mul", wide(centred), wide(b.at(reciprocal, reduced(i)))), 30 - NORM_BITS)
+        normal = shifted(call("mul", wide(centred), b.at(reciprocal, reduced(i))), INVERSE_BITS - NORM_BITS)
         normal = cast(normal, "int32")
-        shift = whole(integer(node, "shift"))
-        return code(call("scale", normal, b.at(gain, [i[-1]]), b.at(offset, [i[-1]]), shift, dtype="int32"))
+        product = shifted(call("mul", wide(normal), wide(b.at(gain, [i[-1]]))), integer(node, "product_shift"))
+        return code(shifted(call("add", cast(product, "int32"), b.at(offset, [i[-1]])), integer(node, "shift")))
 
     b.define(b.output(node), b.shape(x), formula)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from lrcompile.fixedpoint import Addition, Code, LayerNorm, Scaling, Softmax, table
+from lrcompile.fixedpoint import BIAS_BITS, Addition, Code, LayerNorm, Scaling, Softmax, table
 from lrcompile.graphs.onnx.constants import constant
 from lrcompile.graphs.onnx.quantise.lower import Coded, Lowering, Rule, code_of, codes_of, extent
 from lrcompile.graphs.onnx.quantise.units import BINARY, UNARY, Chain, array, chain, inputs, kind, scalar
@@ -68,8 +68,10 @@ def _linear(low: Lowering, found: Chain, out: Code | None) -> ir.Value | None:
     sums = numbers.reshape(len(numbers), -1).astype(np.int64).sum(1) * source.code.zero
     bias = np.zeros(len(numbers)) if found.bias is None else np.broadcast_to(found.bias, (len(numbers),))
     scaled = np.divide(bias, ratio, out=np.zeros(len(ratio)), where=ratio > 0)
-    total = np.clip(np.rint(scaled) - sums, -BIAS_MOST, BIAS_MOST).astype(np.int32)
-    return _write_linear(low, node, source, numbers, total, ratio, out)
+    most = 128 * np.abs(numbers.reshape(len(numbers), -1).astype(np.int64)).sum(1) + np.abs(scaled - sums)
+    fraction = next((bits for bits in BIAS_BITS if float(most.max()) < 2.0 ** (30 - bits)), 0)
+    total = np.clip(np.rint(np.ldexp(scaled - sums, fraction)), -BIAS_MOST, BIAS_MOST).astype(np.int32)
+    return _write_linear(low, node, source, numbers, total, np.ldexp(ratio, -fraction), fraction, out)
 
 
 def _write_linear(
@@ -79,14 +81,15 @@ def _write_linear(
     numbers: np.ndarray,
     bias: np.ndarray,
     ratio: np.ndarray,
+    fraction: int,
     out: Code | None,
 ) -> ir.Value:
-    attributes: dict[str, Any] = {}
+    attributes: dict[str, Any] = {"fraction": fraction}
     if out is None:
         scale = ratio.astype(np.float32)
     else:
         scaling = Scaling.of(ratio / out.step, out.zero)
-        scale, attributes = scaling.multiplier, {"shift": scaling.shift, "offset": scaling.offset}
+        scale, attributes = scaling.multiplier, attributes | _placed(scaling)
     name = "Linear"
     if kind(node) == "Conv":
         name = "Convolution"
@@ -146,7 +149,11 @@ def _product(low: Lowering, found: Chain, out: Code) -> ir.Value | None:
 
 
 def _fixed(scaling: Scaling) -> dict[str, Any]:
-    return {"multiplier": int(scaling.multiplier), "shift": scaling.shift, "offset": scaling.offset}
+    return {"multiplier": int(scaling.multiplier), **_placed(scaling)}
+
+
+def _placed(scaling: Scaling) -> dict[str, int]:
+    return {"shift": scaling.shift, "offset": scaling.offset}
 
 
 # -- elements --------------------------------------------------------------------------------------
@@ -245,7 +252,7 @@ def _softmax(low: Lowering, value: ir.Value, out: Code) -> ir.Value | None:
     if old and axis != rank - 1:
         return None
     how = Softmax.of(source.code, out, extent(value, axis))
-    numbers: dict[str, Any] = {key: getattr(how, key) for key in ("drop", "factor", "factor_shift", "shift", "offset")}
+    numbers: dict[str, Any] = {key: getattr(how, key) for key in ("bits", "drop", "factor", "shift", "offset")}
     return low.node("Softmax", [source.value, low.constant(how.powers, "powers")], axis=axis, **numbers)
 
 
@@ -262,7 +269,9 @@ def _layer_norm(low: Lowering, value: ir.Value, out: Code) -> ir.Value | None:
         return None
     epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
     how = LayerNorm.of(source.code, out, gain, bias, epsilon)
-    numbers: dict[str, Any] = {key: getattr(how, key) for key in ("count", "epsilon", "root_shift", "shift")}
+    numbers: dict[str, Any] = {
+        key: getattr(how, key) for key in ("count", "epsilon", "root_shift", "product_shift", "shift")
+    }
     constants = [low.constant(how.gain, f"{value.name}_gain"), low.constant(how.offset, f"{value.name}_offset")]
     return low.node("LayerNorm", [source.value, *constants], **numbers)
 
