@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime as ort
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,11 @@ _OTHER = "## The same files at sizes that they were not planned for"
 _GRAPHS = """## What ONNX Runtime makes of them
 
 Nodes of the graph as ONNX Runtime executes it after its own optimisations, and how many of them it has fused."""
+
+_FORMS = """## Unrolled tiles or a loop
+
+One attention (512 queries, 12 heads) by hand. A loop gathers its results along a new axis, so they are copied once
+more, and all its tiles must have equal sizes, which free dimensions do not promise."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,48 @@ CASES = (
 )
 
 
+FORMS = {
+    "whole": "s = MatMul (q, k) p = Softmax <axis = -1> (s) y = MatMul (p, v)",
+    "8 tiles, unrolled": "rows = Constant <value = int64[1] {{2}}> () {} y = Concat <axis = 2> ({})".format(
+        " ".join(
+            f"a{at} = Constant <value = int64[1] {{{64 * at}}}> () "
+            f"b{at} = Constant <value = int64[1] {{{64 * at + 64}}}> ()"
+            f" q{at} = Slice (q, a{at}, b{at}, rows) s{at} = MatMul (q{at}, k) p{at} = Softmax <axis = -1> (s{at})"
+            f" y{at} = MatMul (p{at}, v)"
+            for at in range(8)
+        ),
+        ", ".join(f"y{at}" for at in range(8)),
+    ),
+    "8 tiles in a Loop": """
+        count = Constant <value = int64 {8}> () go = Constant <value = bool {1}> ()
+        shape = Constant <value = int64[4] {1, 12, 512, 32}> ()
+        all = Loop (count, go) <body = tile (int64 at, bool c) => (bool d, float[1, 12, 64, 32] o) {
+            d = Identity (c) step = Constant <value = int64 {64}> () axis = Constant <value = int64[1] {2}> ()
+            zero = Constant <value = int64[1] {0}> () a0 = Mul (at, step) b0 = Add (a0, step)
+            a = Unsqueeze (a0, zero) b = Unsqueeze (b0, zero) t = Slice (q, a, b, axis)
+            s = MatMul (t, k) p = Softmax <axis = -1> (s) o = MatMul (p, v) }>
+        turned = Transpose <perm = [1, 2, 0, 3, 4]> (all) y = Reshape (turned, shape)""",
+}
+"""The same attention over 512 queries, 12 heads of width 32."""
+
+
+def forms() -> list[list[str]]:
+    """Memory and time of each form, against the first."""
+    rows, path = [], WORK / "schedule-feeds.npz"
+    shapes_of = {"q": (1, 12, 512, 32), "k": (1, 12, 32, 512), "v": (1, 12, 512, 32)}
+    ends = ", ".join(f"float[{', '.join(map(str, shape))}] {name}" for name, shape in shapes_of.items())
+    files = []
+    for at, (name, body) in enumerate(FORMS.items()):
+        text = f'<ir_version: 9, opset_import: ["" : 20]> m ({ends}) => (float[1, 12, 512, 32] y) {{ {body} }}'
+        files.append(_saved(f"form-{at}", onnx.parser.parse_model(text)))
+        generator = np.random.default_rng(0)
+        batch = {key: generator.standard_normal(shape).astype(np.float32) for key, shape in shapes_of.items()}
+        found = measure.arena(files[-1], stored(batch, path))
+        size = "—" if found is None else f"{found.requested / 2**20:.2f}"
+        rows.append([name, size, _time(files[0], files[-1], path), f"{_difference(files[0], files[-1], batch):.0e}"])
+    return rows
+
+
 def main() -> None:
     """Rewrites and measures every chosen case."""
     WORK.mkdir(parents=True, exist_ok=True)
@@ -144,6 +192,7 @@ def main() -> None:
                "time ratio", "difference", "bytes ratio", "SHA-256"), rows),
         _OTHER, table(("case", "measured at", "activations ratio", "time ratio"), others),
         _GRAPHS, table(("case", "nodes", "fused", "nodes after", "fused after", "plan", "seconds"), graphs),
+        _FORMS, table(("form", "activations, MB", "time ratio", "difference"), forms()),
     ])  # fmt: skip
 
 

@@ -56,10 +56,9 @@ class Layer(nn.Module):
             "q": (width, width), "k": (width // GROUPS, width), "v": (width // GROUPS, width), "o": (width, width),
             "gate": (inner, width), "up": (inner, width), "down": (width, inner),
         }  # fmt: skip
-        for name, (out, into) in shapes.items():
-            linear = nn.Linear(into, out, bias=False, dtype=torch.float16, device="meta")
-            linear.weight = nn.Parameter(_weight(out, into, generator), requires_grad=False)
-            setattr(self, name, linear)
+        self.q, self.k, self.v, self.o, self.gate, self.up, self.down = (
+            _linear(out, into, generator) for out, into in shapes.values()
+        )
         scales = torch.randn(2, width, generator=generator).exp()  # channels of very different size
         self.norms = nn.Parameter(scales.half(), requires_grad=False)
 
@@ -72,6 +71,12 @@ class Layer(nn.Module):
         x = x + self.o(mixed)
         y = nn.functional.rms_norm(x, x.shape[-1:], self.norms[1])
         return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+
+
+def _linear(out: int, into: int, generator: torch.Generator) -> nn.Linear:
+    linear = nn.Linear(into, out, bias=False, dtype=torch.float16, device="meta")
+    linear.weight = nn.Parameter(_weight(out, into, generator), requires_grad=False)
+    return linear
 
 
 def _weight(out: int, into: int, generator: torch.Generator) -> Tensor:

@@ -37,6 +37,7 @@ _FACE = {
     "densify": "lrcompile.linop",
     "apply": "lrcompile.linop",
     "LowRank": "lrcompile.passes.low_rank",
+    "ScheduleMemory": "lrcompile.passes.schedule_memory",
     "LrcompileError": "lrcompile.errors",
 }
 
@@ -58,6 +59,7 @@ __all__ = [
     "Product",
     "Proposal",
     "Result",
+    "ScheduleMemory",
     "Settings",
     "Sum",
     "__version__",
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
     from lrcompile.node_rewrite import NodeRewrite
     from lrcompile.options import Options
     from lrcompile.passes.low_rank import LowRank
+    from lrcompile.passes.schedule_memory import ScheduleMemory
     from lrcompile.pipeline import Pipeline, Result
     from lrcompile.planning import Settings
     from lrcompile.plans import Plan

@@ -30,7 +30,8 @@ def optimize(
     """Makes a model smaller or faster, and measures what that did to its outputs.
 
     Args:
-        model: an ``nn.Module``, an ONNX model, or a path; it is not modified.
+        model: an ``nn.Module``, an exported program (``torch.export``), an ONNX model, or a path; it is not
+            modified. The result's ``model`` is of the same kind.
         budget: limits on the result; without one only exact rewrites are applied.
         calibration: representative inputs (``.npz`` keyed by input name, dicts, tensors, …).
         evaluation: other inputs, on which the drift is measured; by default the last fifth

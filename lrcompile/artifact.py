@@ -29,6 +29,8 @@ from lrcompile.graphs.structured import StructuredConv, StructuredLinear, place,
 from lrcompile.linop import structure, tensors
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
     from lrcompile.graphs.onnx.graph import OnnxGraph
 
 
@@ -145,17 +147,17 @@ def _write_tensors(held: Mapping[str, Tensor], path: Path, content: str) -> None
         raise system_error(error, path) from error
 
 
-def load(folder: str | Path, into: nn.Module | None = None) -> nn.Module | OnnxGraph:
+def load(folder: str | Path, into: nn.Module | None = None) -> nn.Module | OnnxGraph | ExportedProgram:
     """What :func:`save` wrote, ready to run.
 
     Args:
-        folder: of :func:`save`, or one with a ``model.onnx``.
+        folder: of :func:`save`, or one with a ``model.onnx`` or ``model.pt2``.
         into: a freshly built dense module of the saved class. It is changed in place: the rewritten
             layers are put in, and every other parameter and buffer gets its stored value.
 
     Returns:
-        ``into``, a Hugging Face model (in evaluation mode), a :class:`lrcompile.program.Program`, or for ONNX an
-        object with ``run(inputs)``.
+        ``into``, a Hugging Face model (in evaluation mode), a :class:`lrcompile.program.Program`, an exported
+        program, or for ONNX an object with ``run(inputs)``.
 
     Raises:
         InvalidInputError: unreadable, incomplete or unsafe files, or ``into`` is another model.
@@ -167,6 +169,10 @@ def load(folder: str | Path, into: nn.Module | None = None) -> nn.Module | OnnxG
         from lrcompile.graphs.onnx.graph import OnnxGraph
 
         return OnnxGraph.load(folder / "model.onnx")
+    if not (folder / TARGET).exists() and (folder / "model.pt2").is_file():
+        from lrcompile.graphs.fx.archive import load as load_program
+
+        return load_program(folder / "model.pt2")
     manifest = read_manifest(folder)
     held = read_tensors(folder, manifest)
     if into is not None:
@@ -215,10 +221,11 @@ def save_result(result: Any, folder: str | Path, *, force: bool = False) -> Path
     from lrcompile.report import html_text, json_text
 
     folder = _made(Path(folder))
-    suffix = SUFFIXES.get(result.graph.kind)
-    stem = "report" if suffix is None else "model.report"
-    with AtomicSet(folder / (TARGET if suffix is None else f"model{suffix}"), force=force) as files:
-        backend_for(result.graph).build(result.graph, out=files)
+    suffixes = SUFFIXES.get(result.graph.kind)
+    stem = "report" if suffixes is None else "model.report"
+    with AtomicSet(folder / (TARGET if suffixes is None else f"model{suffixes[0]}"), force=force) as files:
+        graph = result.final or result.graph
+        backend_for(graph).build(graph, out=files)
         files.stage(f"{stem}.json").write_text(json_text(result.report), encoding="utf-8")
         files.stage(f"{stem}.html").write_text(html_text(result.report), encoding="utf-8")
     return files.target

@@ -58,10 +58,13 @@ def _from_path(path: Path) -> Graph:
             from lrcompile.graphs.module import ModuleGraph
 
             return ModuleGraph(open_folder(path), path)
-        if (path / "model.onnx").is_file():
-            return _from_path(path / "model.onnx")
+        for name in ("model.onnx", "model.pt2"):
+            if (path / name).is_file():
+                return _from_path(path / name)
         raise InvalidInputError(
-            "the folder holds neither config.json nor model.onnx", where=str(path), hint="give a model file or folder"
+            "the folder holds neither config.json nor model.onnx nor model.pt2",
+            where=str(path),
+            hint="give a model file or folder",
         )
     if path.suffix == ".pt2":
         from lrcompile.graphs.fx.archive import load

@@ -33,13 +33,11 @@ def target_of(graph: Graph, out: Path | None) -> Path | None:
     Raises:
         UsageError: its name is that of another kind of model.
     """
-    own = SUFFIXES.get(graph.kind)
-    if out is not None and out.suffix in SUFFIXES.values() and out.suffix != own:
-        hint = "give the name of a folder" if own is None else f"give a name that ends in {own}"
-        raise UsageError(
-            f"a model of kind '{graph.kind}' is not written to a {out.suffix} file", where=str(out), hint=hint
-        )
-    return out if out is None or own is not None else out / "lrcompile.json"
+    known = SUFFIXES.get(graph.kind, ())
+    if out is not None and known and out.suffix in set().union(*SUFFIXES.values()) and out.suffix not in known:
+        what = f"a model of kind '{graph.kind}' is not written to a {out.suffix} file"
+        raise UsageError(what, where=str(out), hint=f"give a name that ends in {known[0]}")
+    return out if out is None or known else out / "lrcompile.json"
 
 
 def missing(run: Run, built: Runnable, files: AtomicSet | None, budget: Budget) -> np.ndarray:
@@ -254,8 +252,8 @@ def predict(run: Run, planned: Planned) -> None:
 
 def write_reports(run: Run, files: AtomicSet) -> None:
     """The JSON sidecar and the HTML report beside the artefact."""
-    suffix = SUFFIXES.get(run.graph.kind)
-    own = "report" if suffix is None else f"{files.target.name.removesuffix(suffix)}.report"
+    target, suffixes = files.target, SUFFIXES.get(run.graph.kind)
+    own = "report" if suffixes is None else f"{target.stem if target.suffix in suffixes else target.name}.report"
     name = run.options.report_name or own
     run.report.report = f"{name}.json"
     files.stage(f"{name}.json").write_text(json_text(run.report), encoding="utf-8")

@@ -44,6 +44,7 @@ class Result:
         report: what was decided and measured.
         path: where it was published, if it was.
         planned: what the allocator chose, where there was a limit.
+        final: what was built: ``graph``, or its copy that passes over the nodes of the result have cut up.
     """
 
     graph: Graph
@@ -51,10 +52,11 @@ class Result:
     report: record.Report
     path: Path | None = None
     planned: Planned | None = None
+    final: Graph | None = None
 
     @property
     def model(self) -> Any:
-        """The rewritten ``nn.Module`` or ``onnx_ir.Model``."""
+        """The rewritten ``nn.Module``, ``torch.export.ExportedProgram`` or ``onnx_ir.Model``: what was given."""
         return getattr(self.built, "module", None) or getattr(self.built, "model", None)
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
@@ -256,7 +258,7 @@ class Pipeline:
             if files is not None:
                 outcome.write_reports(run, files)
             built.release()
-        return Result(run.graph, built, report, target, run.planned)
+        return Result(run.graph, built, report, target, run.planned, graph)
 
     def _check_limits(self, run: stages.Run, built: Runnable, files: AtomicSet | None) -> None:
         room = outcome.missing(run, built, files, self.budget)

@@ -225,7 +225,7 @@ def check_fits(entry: Entry, weight: Tensor | None, name: str) -> None:
     """Whether a weight is one that an entry speaks about.
 
     Raises:
-        UsageError: it is not; the plan is for another model, or the weight has changed its type.
+        UsageError: it is not; the plan is for another model, or the weight has changed its type or has no values.
     """
     if weight is None:
         raise UsageError("the plan is for another model: there is no such parameter", where=name, hint=_AGAIN)
@@ -235,6 +235,10 @@ def check_fits(entry: Entry, weight: Tensor | None, name: str) -> None:
     dtype = str(weight.dtype).removeprefix("torch.")
     if dtype != entry.dtype:
         raise UsageError(f"the weight is {dtype} now, the plan was made for {entry.dtype}", where=name, hint=_AGAIN)
+    if weight.is_meta:
+        raise UsageError(
+            "the weight lies on the meta device and has no values", where=name, hint="load the model first"
+        )
 
 
 _AGAIN = "make a new plan of this model with lrcompile.plan"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -66,32 +67,45 @@ class ConvLowRank(LinearPass):
         if window.rank > 1 and 1 < window.kernel[-1] < window.places:
             fast["spatial"] = window.kernel[-1]
         for places in dict.fromkeys(fast.values()):
-            fit = _Fit.of(self, site, context, places)
-            for form in (form for form, size in fast.items() if size == places and self.form in ("all", form)):
-                for ranks in _sizes(form, fit.inner, site.shape[0], context.align):
+            forms = [form for form, size in fast.items() if size == places and self.form in ("all", form)]
+            inner = site.shape[1] // places
+            sizes = [(form, ranks) for form in forms for ranks in _sizes(form, inner, site.shape[0], context.align)]
+            if sizes:
+                fit = _Fit.of(self, site, context, places, max(ranks[0] for _, ranks in sizes))
+                for form, ranks in sizes:
                     yield self._proposal(form, site, context, fit, ranks)
 
     def _proposal(self, form: str, site: LinearSite, context: Context, fit: _Fit, ranks: tuple[int, ...]) -> Proposal:
-        new = _replacement(site, fit, ranks)
+        new, matrix = _replacement(site, fit, ranks)
         # the moments that a form was fitted to are damped: what the data tell counts where it is worse
-        error = max(fit.error(*ranks), context.error(site, new.operator, new.shift))
+        error = max(fit.error(*ranks), context.error(site, Dense(matrix), new.shift))
         places = fit.places
 
         def build() -> dict[str, Replacement]:  # moments of patches are large: nothing of a fit is kept
-            return {site.name: _replacement(site, _Fit.of(self, site, context, places), ranks)}
+            return {site.name: _replacement(site, _Fit.of(self, site, context, places, ranks[0]), ranks)[0]}
 
         label = f"{form} {'×'.join(map(str, ranks))}"
         cost = site_cost(site, new.operator)
         return Proposal((site.name,), error, cost, build, label=label, source=self.name, rank=ranks[0])
 
 
-def _replacement(site: LinearSite, fit: _Fit, ranks: tuple[int, ...]) -> Replacement:
+def _replacement(site: LinearSite, fit: _Fit, ranks: tuple[int, ...]) -> tuple[Replacement, Tensor]:
+    """What stands for a kernel, and its matrix."""
     held = storage_dtype(site.operator)
-    operator = _expression(fit.places, *(factor.to(held).contiguous() for factor in fit.factors(*ranks)))
+    factors = [factor.to(held).contiguous() for factor in fit.factors(*ranks)]
+    operator, matrix = _expression(fit.places, *factors), _matrix(fit.places, *(factor.double() for factor in factors))
     if fit.mean is None:
-        return Replacement(operator)
-    lost = (densify(site.operator).double() - densify(operator).double()) @ fit.mean
-    return Replacement(operator, lost.to(held))
+        return Replacement(operator), matrix
+    lost = (densify(site.operator).double() - matrix) @ fit.mean
+    return Replacement(operator, lost.to(held)), matrix
+
+
+def _matrix(places: int, *factors: Tensor) -> Tensor:
+    """The matrix of :func:`_expression`, channel by channel: ``Kron`` alone would be many times larger."""
+    *outer, right = factors
+    left = outer[0] if len(outer) == 1 else outer[0] @ outer[1]
+    split = left.reshape(len(left), len(right), places).mT @ right  # (out, places, in)
+    return split.mT.reshape(len(left), -1)
 
 
 def _expression(places: int, *factors: Tensor) -> LinearOperator:
@@ -124,9 +138,10 @@ class _Fit:
     channels: Spectrum  # of the kernel unfolded to (out * places, inner)
     places: int
     mean: Tensor | None
+    largest: int  # rank that will be asked for
 
     @classmethod
-    def of(cls, each: ConvLowRank, site: LinearSite, context: Context, places: int) -> _Fit:
+    def of(cls, each: ConvLowRank, site: LinearSite, context: Context, places: int, largest: int) -> _Fit:
         weight = densify(site.operator).double()
         moments = context.statistics(site)
         center = moments is not None and all(use.bias is not None for use in site.uses)
@@ -138,7 +153,7 @@ class _Fit:
         unfolded = weight.reshape(len(weight), inner, places).movedim(1, -1).reshape(-1, inner)
         own = None if metric is None else torch.einsum("ipjp->ij", metric.reshape(inner, places, inner, places))
         mean = moments.mean() if moments is not None and center else None
-        return cls(weight, outer, metric, spectrum(unfolded, own), places, mean)
+        return cls(weight, outer, metric, spectrum(unfolded, own), places, mean, largest)
 
     @property
     def inner(self) -> int:
@@ -146,10 +161,11 @@ class _Fit:
 
     def factors(self, rank: int, outer: int | None = None) -> tuple[Tensor, ...]:
         """(left, V), or (left, core, V) where the outputs are cut to ``outer`` channels as well."""
-        right, left, energy = self._refitted(rank)
+        root, handed, right = self._leading(rank)
+        left = torch.linalg.solve_triangular(root.T, handed, upper=True).T
         if outer is None:
             return self._plain(left), right
-        vectors = _leading(left, energy)[1][:, :outer]
+        vectors = _outputs(handed)[1][:, :outer]
         return self._plain(vectors), vectors.T @ left, right
 
     def _plain(self, left: Tensor) -> Tensor:
@@ -158,26 +174,48 @@ class _Fit:
 
     def error(self, rank: int, outer: int | None = None) -> float:
         """``tr[G (W − Ŵ) H (W − Ŵ)ᵀ]``; G is what the outputs matter."""
-        _, left, energy = self._refitted(rank)
-        values = _leading(left, energy)[0]
-        whole = self.weight if self.metric is None else self.weight @ self.metric
-        return max(float((whole * self.weight).sum() - values[:outer].sum()), 0.0)
+        values = _outputs(self._leading(rank)[1])[0]
+        return max(self._whole - float(values[:outer].sum()), 0.0)
 
-    def _refitted(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-        """V (rank, inner), the best factor before it, and the energy ``K H Kᵀ`` of what V hands on."""
-        right = self.channels.factors(rank)[1].double()
+    def _leading(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """``L``, ``L⁻¹ K H Wᵀ`` and V of a rank, where ``L Lᵀ`` is the energy ``K H Kᵀ`` of what V hands on.
+
+        The directions of a rank are the first ones of every larger rank, and so are these matrices.
+        """
+        root, handed, right = self._refitted
+        return root[: rank * self.places, : rank * self.places], handed[: rank * self.places], right[:rank]
+
+    @cached_property
+    def _refitted(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of the largest rank."""
+        right = self.channels.factors(self.largest)[1].double()
         handed = self._through(right, self.weight.T if self.metric is None else self.metric @ self.weight.T)
         if self.metric is None:
             energy = torch.kron((right @ right.T).contiguous(), torch.eye(self.places, dtype=torch.float64))
         else:
             energy = self._through(right, self._through(right, self.metric).T)
-        damped = energy + 1e-12 * float(energy.diagonal().mean()) * torch.eye(len(energy), dtype=torch.float64)
-        return right, torch.linalg.solve(damped, handed).T, energy
+        root = _cholesky(energy)
+        return root, torch.linalg.solve_triangular(root, handed, upper=False), right
+
+    @cached_property
+    def _whole(self) -> float:
+        whole = self.weight if self.metric is None else self.weight @ self.metric
+        return float((whole * self.weight).sum())
 
     def _through(self, right: Tensor, columns: Tensor) -> Tensor:
         """``Kron(V, I) @ columns``."""
-        split = columns.reshape(self.inner, self.places, -1)
-        return torch.einsum("ri,ipc->rpc", right, split).reshape(len(right) * self.places, -1)
+        return (right @ columns.reshape(self.inner, -1)).reshape(len(right) * self.places, -1)
+
+
+def _cholesky(energy: Tensor) -> Tensor:
+    """The lower factor of a matrix that may be singular to rounding."""
+    jitter = 1e-12 * float(energy.diagonal().mean()) or 1.0
+    while True:
+        energy.diagonal().add_(jitter)
+        root, failed = torch.linalg.cholesky_ex(energy)
+        if not failed:
+            return root
+        jitter *= 10
 
 
 def _root(matrix: Tensor | None) -> Tensor | None:
@@ -188,9 +226,9 @@ def _root(matrix: Tensor | None) -> Tensor | None:
     return torch.linalg.cholesky(matrix + jitter * torch.eye(len(matrix), dtype=matrix.dtype))
 
 
-def _leading(left: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
-    """Energies and directions of the outputs ``left``, the largest first, signed by their largest entry."""
-    values, vectors = torch.linalg.eigh(left @ energy @ left.T)
+def _outputs(handed: Tensor) -> tuple[Tensor, Tensor]:
+    """Energies and directions of the outputs, the largest first, signed by their largest entry."""
+    values, vectors = torch.linalg.eigh(handed.T @ handed)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     top = vectors.abs().argmax(dim=0)
     return values, vectors * torch.where(vectors.gather(0, top[None])[0] < 0, -1.0, 1.0)

@@ -46,7 +46,7 @@ def _runtime(given: dict[str, Any], tell: Progress) -> Answer:
     graph = open_graph(Path(given["model"]))
     tile = getattr(graph, "tile_rows", None)
     if tile is None:
-        raise UsageError(f"a model of kind '{graph.kind}' has no nodes", hint="give an .onnx file")
+        raise UnsupportedError(f"a model of kind '{graph.kind}' has no nodes", hint="give an .onnx file")
     sizes = shapes([each.replace(",", "x") for each in given["shape"] or ()])
     free = [str(size) for spec in graph.input_specs for size in spec.shape if not isinstance(size, int)]
     if free and not sizes and given["calib"] is None:

@@ -165,7 +165,7 @@ def _check_output(model: Path, output: Path, force: bool) -> None:
         return
     if os.path.lexists(output) and model.exists() and output.exists() and output.samefile(model):
         raise UsageError("the output is the input", where=str(output), hint="choose another --output, or --force")
-    stem = output.name.removesuffix(".pt2" if model.suffix == ".pt2" else ".onnx")
+    stem = output.stem if output.suffix in (".onnx", ".pt2") else output.name
     beside = [] if model.is_dir() else [output.with_name(f"{stem}.report.{kind}") for kind in ("json", "html")]
     for path in (output, *beside):
         if any(path.iterdir()) if path.is_dir() else os.path.lexists(path):

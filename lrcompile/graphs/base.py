@@ -19,8 +19,8 @@ from lrcompile.sketch import Importance
 Inputs = Mapping[str, np.ndarray]
 Outputs = dict[str, np.ndarray]
 
-SUFFIXES = {"onnx": ".onnx", "fx": ".pt2"}
-"""Kinds of graphs whose artefact is one file, and how its name ends; others are folders."""
+SUFFIXES = {"onnx": (".onnx",), "fx": (".pt2", ".onnx")}
+"""Kinds of graphs whose artefact is one file, and how its name may end, usually first; others are folders."""
 
 
 @dataclass(frozen=True, eq=False)

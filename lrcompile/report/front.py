@@ -7,7 +7,7 @@ from importlib import resources
 from typing import Any
 
 from lrcompile.report.html import POLICY, rows_table
-from lrcompile.report.svg import Markup, circle, label, line, path, picture, rect, tag
+from lrcompile.report.svg import Markup, label, line, path, picture, tag
 
 AXES = (("flash", "flash, B"), ("ram", "RAM, B"), ("instructions", "instructions"))
 _WIDE, _HIGH, _LEFT, _TOP = 290.0, 220.0, 52.0, 14.0
@@ -88,7 +88,7 @@ def _chart(ran: Sequence[dict[str, Any]], key: str, title: str, limit: float | N
         shade = "c0" if each["precision"] == "float32" else "c1"
         x, y = at(each)
         told = f"{each['name']}: {_cost(each, key):,.0f}, drift {_loss(each):.3g}"
-        parts += [circle((x, y), 5, f"dot {shade}"), rect(x - 6, y - 6, 12, 12, "hover", told)]
+        parts.append(tag("circle", tag("title", told), cx=x, cy=y, r=5, class_=f"dot {shade}"))
     return picture(_LEFT + _WIDE + 14, _TOP + _HIGH + 40, *parts, label=f"drift against {title}")
 
 

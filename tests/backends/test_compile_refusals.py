@@ -26,7 +26,8 @@ from lrcompile.errors import (
     UnsupportedError,
     UsageError,
 )
-from lrcompile.linop import same
+from lrcompile.linop import same, tensors
+from lrcompile.plans_state import on_device
 from tests.backends.compiling import WIDTH, Watch, close, compressed, planned, reference, samples, stack
 from tests.backends.test_compile import X, compiled, fresh
 
@@ -122,6 +123,31 @@ def test_weights_that_changed_their_type():
     model.to(torch.bfloat16)
     with pytest.raises(BackendCompilerFailed, match="the weight is bfloat16 now, the plan was made for float32"):
         torch.compile(model, backend="lrcompile", options={"plan": plan, "inner": "eager"})(X.to(torch.bfloat16))
+
+
+def test_weights_that_moved_to_another_device():
+    """Factors follow their weight; one without values is refused. (Any device but the CPU would do here.)"""
+    model = stack()
+    plan = planned(model)
+    held = next(entry.replacement for entry in plan.entries.values() if entry.replacement is not None)
+    moved = on_device(held, torch.device("meta"))
+    assert {tensor.device.type for _, tensor in tensors(moved.operator)} == {"meta"}
+    assert moved.operator.shape == held.operator.shape
+    model.to("meta")
+    with pytest.raises(BackendCompilerFailed, match=r"lies on the meta device.*load the model first"):
+        torch.compile(model, backend="lrcompile", options={"plan": plan, "inner": "eager"})(X.to("meta"))
+
+
+def test_a_module_without_parameters():
+    class Nothing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x) @ x.mT
+
+    with pytest.raises(UnsupportedError, match="no linear weight"):
+        lrcompile.plan(Nothing(), Budget(keep=0.5), calibration=[{"x": X}])
+    options = {"keep": 0.5, "calibration": samples(), "inner": "eager"}
+    for given in ({"inner": "eager"}, options):
+        assert close(torch.compile(Nothing(), backend="lrcompile", options=given)(X), Nothing()(X))
 
 
 def test_a_module_without_linear_weights():

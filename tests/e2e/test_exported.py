@@ -12,18 +12,23 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.export import ExportedProgram
 
 import lrcompile
 from lrcompile import Budget, Options, Pipeline, Settings, zoo
+from lrcompile.backends.exported import Exported
 from lrcompile.errors import GateError, UsageError
+from lrcompile.frontend import open_graph
 from lrcompile.graphs.fx.graph import FxGraph
 from lrcompile.graphs.module import ModuleGraph
+from lrcompile.graphs.module_time import both
 from lrcompile.graphs.onnx.graph import OnnxGraph
+from lrcompile.graphs.structured import Structured
 from lrcompile.linop import densify
 from lrcompile.rewrite import GraphPass, Rewritten
 from tests.e2e.running import PROBED, decided, held, images, run, sha
-from tests.e2e.tool import Cli
+from tests.e2e.tool import Cli, process
 from tests.graphs.exported import exported
 
 LOOSE = Options(latency=False, max_drift=10.0, settings=Settings(probe_samples=8))
@@ -75,6 +80,9 @@ def test_python(digits: zoo.ZooModel, program: ExportedProgram, tmp_path: Path):
     path = result.save(tmp_path / "out")
     assert path.name == "model.pt2" and (path.parent / "model.report.json").is_file()
     torch.testing.assert_close(torch.export.load(path).module()(x), small)
+    loaded: Any = lrcompile.load(path.parent)
+    torch.testing.assert_close(loaded.module()(x), small)
+    assert open_graph(path.parent).files == [path]
     compiled = torch.compile(result.model.module(), backend="eager")
     torch.testing.assert_close(compiled(x), small)
 
@@ -82,6 +90,10 @@ def test_python(digits: zoo.ZooModel, program: ExportedProgram, tmp_path: Path):
 def test_a_plan_without_changes(digits: zoo.ZooModel, program: ExportedProgram):
     plan = lrcompile.plan(program, Budget(keep=0.6), calibration=images(digits), options=LOOSE)
     assert plan.graph == "fx" and len(plan.entries) == len(FxGraph(program).linear_sites())
+    with pytest.raises(BackendCompilerFailed, match="fx"):
+        torch.compile(digits.module(), backend="lrcompile", options={"plan": plan})(
+            torch.from_numpy(images(digits, 2)["images"])
+        )
     with pytest.raises(UsageError):
         lrcompile.optimize(program, Budget(keep=0.6))
     with pytest.raises(GateError):
@@ -91,16 +103,45 @@ def test_a_plan_without_changes(digits: zoo.ZooModel, program: ExportedProgram):
         )  # fmt: skip
 
 
-def test_latency_is_a_budget_too():
-    """What is timed are the program's own operations, as it came and as it is written."""
+def test_what_is_timed_are_the_programs_own_operations(digits: zoo.ZooModel, program: ExportedProgram):
+    graph = FxGraph(program)
+    site = next(site for site in graph.linear_sites() if min(site.shape) > 16)
+    graph.replace(site, lrcompile.low_rank(torch.ones(site.shape[0], 2), torch.ones(2, site.shape[1])))
+    before, after = both(graph)
+    feeds = {name: torch.from_numpy(value) for name, value in held(digits, 3).items()}
+    for module, wanted in ((before, program), (after, graph.lowered())):
+        assert not any(isinstance(each, Structured) for each in module.modules())
+        torch.testing.assert_close(module(**feeds)["output"], wanted.module()(*feeds.values()))
+
+
+class Wasteful(torch.nn.Module):
+    """An un-merged adapter, a weight of low rank, and two layers with nothing between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.low = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
+        self.a, self.b = torch.nn.Linear(32, 4, bias=False), torch.nn.Linear(4, 32, bias=False)
+        self.first, self.second = torch.nn.Linear(32, 48, bias=False), torch.nn.Linear(48, 32)
+        with torch.no_grad():
+            self.low.weight.copy_(torch.randn(32, 3) @ torch.randn(3, 32) / 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(self.base(x) + 0.5 * self.b(self.a(x)))
+        return self.second(self.first(self.low(y).relu()))
+
+
+def test_exact_passes_need_no_budget():
     torch.manual_seed(0)
-    wide = torch.nn.Sequential(torch.nn.Linear(384, 384), torch.nn.ReLU(), torch.nn.Linear(384, 384))
-    data = [{"input": np.random.default_rng(seed).standard_normal((128, 384)).astype(np.float32)} for seed in range(6)]
-    options = Options(max_drift=10.0, seconds=0.1, threads=1, latency_batch=128, settings=Settings(probes=False))
-    program = torch.export.export(wide, (torch.randn(3, 384),), dynamic_shapes=({0: torch.export.Dim("n", max=4096)},))
-    result = lrcompile.optimize(program, Budget(latency=0.75), calibration=data, options=options)
-    assert 0.4 < result.report.ratio.latency < 0.85
-    assert sum(tensor.numel() for tensor in result.model.state_dict.values()) < 2 * 384 * 384
+    program = exported(Wasteful(), torch.randn(3, 5, 32))
+    data = [{"x": np.random.default_rng(0).standard_normal((4, 5, 32)).astype(np.float32)}]
+    result = lrcompile.optimize(program, evaluation=data, options=Options(latency=False))
+    assert result.report.status == "ok" and result.report.drift.relative_l2 < 1e-6
+    assert [record.rewritten for record in result.report.passes] == [0, 2, 1]
+    assert sorted(result.model.state_dict) == [
+        "base.bias", "base.weight", "first.weight", "low.bias", "low.factors.left.weight", "low.factors.right.weight",
+        "second.bias",
+    ]  # fmt: skip
+    assert result.report.after.parameters == 2 * 32 * 32 + 2 * 3 * 32 + 3 * 32
 
 
 @dataclass(frozen=True)
@@ -122,14 +163,20 @@ def test_a_wrong_pass_is_caught(digits: zoo.ZooModel, program: ExportedProgram):
     assert result.model is program and result.report.status == "unchanged"
 
 
+def program_of(result: Any) -> Any:
+    return Exported().build(result.graph)
+
+
 def test_to_onnx_with_names_and_structure(digits: zoo.ZooModel, program: ExportedProgram, tmp_path: Path):
-    result: Any = run(digits, program, Budget(keep=0.6))
+    """The gate measures the file that is written, in ONNX Runtime."""
     path = tmp_path / "small.onnx"
-    torch.onnx.export(result.model, f=path, dynamo=True, verbose=False)
+    result: Any = run(digits, program, Budget(keep=0.6), out=path)
+    report = json.loads((tmp_path / "small.report.json").read_text())
+    assert report["output"]["sha256"] == sha(path) and result.report.drift.passed
     feeds = held(digits, 5)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (wanted,) = result.built.run(feeds).values()
-    (found,) = session.run(None, {session.get_inputs()[0].name: feeds["images"]})
+    (wanted,) = program_of(result).run(feeds).values()
+    (found,) = session.run(["output"], {"images": feeds["images"]})
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
     sites = {site.name: site for site in OnnxGraph.load(path).linear_sites()}
     low = {name: text for name, text in decided(result).items() if text.startswith("Product(Dense")}
@@ -178,10 +225,10 @@ def test_the_command_line(cli: Cli, folder: Path):
     }
 
 
-def test_wrong_uses(cli: Cli, folder: Path):
+def test_wrong_uses(cli: Cli, folder: Path, file: Path):
     files = sorted(folder.iterdir())
     limits = ("--keep", ".8", "--calib", "calib.npz")
-    assert cli("optimize", "model.pt2", "-o", "small.onnx", *limits, "--json").error["code"] == 2
+    assert cli("optimize", file, "-o", "small.pt2", *limits, "--json").error["code"] == 2
     assert cli("optimize", "model.pt2", "-o", "model.pt2", *limits, "--json").error["code"] == 2
     (folder / "broken.pt2").write_bytes((folder / "model.pt2").read_bytes()[:1000])
     for words in (
@@ -193,3 +240,17 @@ def test_wrong_uses(cli: Cli, folder: Path):
         assert error["code"] == 3 and error["where"].endswith("broken.pt2") and error["hint"]
     (folder / "broken.pt2").unlink()
     assert sorted(folder.iterdir()) == files
+
+
+LIMITED = """import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (13_000, 13_000))
+from lrcompile.cli import main
+main()"""
+
+
+def test_full_disk(cli: Cli, folder: Path):
+    before = sorted(folder.iterdir())
+    words = ("optimize", "model.pt2", "--keep", "0.8", "--data-free", "-o", "out.pt2", "--json")
+    said = process(*words, folder=folder, code=LIMITED, PYTHONDONTWRITEBYTECODE="1")
+    assert said.code == 7 and "cannot write: File too large" in said.json["error"]["message"]
+    assert sorted(folder.iterdir()) == before

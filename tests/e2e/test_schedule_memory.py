@@ -91,6 +91,16 @@ def test_after_low_rank(causal: Path):
     np.testing.assert_allclose(result.built.run(feeds)["y"], alone.built.run(feeds)["y"], rtol=1e-3, atol=1e-4)
 
 
+def test_a_saved_result_is_the_one_that_was_built(causal: Path, tmp_path: Path):
+    passes = [ScheduleMemory(shape="batch=1;tokens=96")]
+    result = Pipeline(passes, options=Options(latency=False)).run(onnx.load(causal))
+    path = result.save(tmp_path / "saved")
+    counts = [
+        Counter(node.op_type for node in each)["Softmax"] for each in (result.model.graph, onnx.load(path).graph.node)
+    ]
+    assert counts[0] == counts[1] > 1
+
+
 def test_a_module_has_no_nodes():
     result = Pipeline([ScheduleMemory()], options=Options(latency=False)).run(torch.nn.Linear(4, 4), torch.ones(4, 4))
     assert result.report.status == "unchanged"

@@ -106,12 +106,35 @@ def test_what_is_read_by_others_stays():
                 y + self.two(x).relu() + nn.functional.linear(x, self.two.weight[:, :8].flip(0)) + self.three(x).relu()
             )
 
-    graph = FxGraph(exported(Reading(), torch.randn(2, 8)))
+    program = exported(Reading(), torch.randn(2, 8))
+    graph = FxGraph(program)
     found = sites(graph)
+    feeds = {"x": np.ones((2, 8), np.float32)}
+    close(graph.run(feeds), graph.run(feeds), 0)  # every run starts from what is stored
+    graph.observe([feeds], graph.linear_sites(), memory=MEMORY)
+    assert not program.state_dict["count"].any()
     assert "also read by" in found["one"].frozen
     assert "count" not in found and not found["three"].frozen
     with pytest.raises(UsageError, match="cannot be replaced"):
         graph.replace(found["one"], factors(8, 8, 2))
+
+
+def test_regions_of_their_own_are_listed_and_can_be_taken_apart():
+    class Region(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.outside = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = self.inside(x)
+            return self.outside(y.float())
+
+    program = exported(Region(), torch.randn(2, 8))
+    found = sites(FxGraph(program))
+    assert "run_decompositions" in found["inside"].frozen and not found["outside"].frozen
+    apart = sites(FxGraph(program.run_decompositions({})))
+    assert not apart["inside"].frozen and apart["inside"].kind == "linear"
 
 
 # -- replacing -------------------------------------------------------------------------------
@@ -125,7 +148,7 @@ def test_the_program_computes_what_the_expressions_do(make: Any):
     for site in graph.linear_sites():
         if not site.frozen and min(site.shape) > 1:
             graph.replace(site, whole(site.operator))
-    built = Exported().build(graph)
+    built: Any = Exported().build(graph)
     close(built.run(feeds), before)
     assert str(program.graph) == text and graph.run(feeds).keys() == before.keys()
     again = built.model.module()
@@ -139,7 +162,7 @@ def test_dense_weights_are_gone_and_names_stay():
     graph = FxGraph(program)
     for name in ("itself.in_proj", "up", "again", "down"):
         graph.replace(sites(graph)[name], factors(*sites(graph)[name].shape, 3))
-    built = Exported().build(graph)
+    built: Any = Exported().build(graph)
     held = built.model.state_dict
     assert "itself.in_proj_weight" not in held and "up.weight" not in held and "again.weight" not in held
     assert held["up.factors.left.weight"].shape == (32, 3) and held["up.bias"] is program.state_dict["up.bias"]
@@ -158,10 +181,10 @@ def test_one_part_of_a_packed_weight():
     first, second = [site for site in graph.linear_sites() if site.name.startswith("across.in_proj")]
     before = graph.run(feeds)
     graph.replace(second, whole(second.operator))
-    built = Exported().build(graph)
+    built: Any = Exported().build(graph)
     close(built.run(feeds), before)
     assert "across.in_proj_weight" not in built.model.state_dict
-    assert built.model.state_dict[f"{first.name}.factors.weight"].shape == first.shape
+    assert built.model.state_dict[f"{first.name}.weight"].shape == first.shape
     assert built.parameters == graph.parameters + 16 * 16
 
 
@@ -171,7 +194,7 @@ def test_shared_leaves_are_stored_once_and_shifts_added():
     shared = Dense(torch.randn(3, 12) / 4)
     for name in ("mm", "matmul", "linear"):
         graph.replace(sites(graph)[name], Product(Dense(torch.randn(12, 3) / 2), shared), torch.ones(12))
-    built = Exported().build(graph)
+    built: Any = Exported().build(graph)
     assert sum(tensor.shape == (3, 12) for tensor in built.model.state_dict.values()) == 1
     with graph.as_given():
         before = graph.run(feeds)
@@ -189,7 +212,7 @@ def test_rolling_back():
     graph.replace(sites(graph)["up"], factors(32, 16, 2))
     assert Exported().build(graph).parameters != graph.parameters
     graph.rollback(mark)
-    built = Exported().build(graph)
+    built: Any = Exported().build(graph)
     assert built.model is program
     close(built.run(feeds), before, 0)
 

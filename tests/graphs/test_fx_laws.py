@@ -73,7 +73,7 @@ def test_every_operator_computes_what_it_says(name: str):
     graph = FxGraph(program)
     for site in graph.linear_sites():
         graph.replace(site, op)
-    built = Exported().build(graph)
+    built: Any = Exported().build(graph)
     own = {place(tensor): tensor.numel() * tensor.element_size() for _, tensor in tensors(bound(op))}
     assert built.nbytes == sum(own.values()) + 2 * 4 * op.shape[0]
     narrow = any(leaf.dtype == torch.float16 for leaf in built.model.state_dict.values())
@@ -113,7 +113,7 @@ def test_a_convolution_and_what_acts_on_its_channels():
     (site,) = graph.linear_sites()
     new = Product(Dense(torch.randn(8, 4)), Dense(torch.randn(4, 27)))
     graph.replace(site, new)
-    built = Exported().build(graph)
+    built: Any = Exported().build(graph)
     x = torch.randn(5, 3, 9, 8)
     kernel = densify(new).reshape(8, 3, 3, 3)
     torch.testing.assert_close(

@@ -14,6 +14,11 @@ import pytest
 import lrcompile
 from benchmarks.conformance import Tally, behind
 from benchmarks.conformance_cases import RANDOM, cases, embedded, equal
+from benchmarks.tile_rules import cut_in_two, feeds_of
+from lrcompile.errors import LrcompileError
+from lrcompile.graphs.onnx.graph import OnnxGraph
+from lrcompile.graphs.onnx.tiling import plan
+from lrcompile.graphs.onnx.tiling.sizes import measured
 
 LIGHT = Path(str(onnx.__file__)).parent / "backend" / "test" / "data" / "light"
 
@@ -99,3 +104,18 @@ def test_what_is_put_before_a_case_hands_on_its_values() -> None:
         assert made is not None
         found = outputs(made.proto.SerializeToString(), list(made.feeds.values()))
         assert found is not None and equal(found, case.data_sets[0][1])
+
+
+def test_row_tiles_of_a_sample_of_all_operators() -> None:
+    """One case in seven; ``python -m benchmarks tile_rules`` takes all."""
+    ways = 0
+    for case in cases()[11::7]:
+        feeds, graph = feeds_of(case), OnnxGraph.from_proto(case.model)
+        if feeds is None or len(case.model.graph.node) > 2 or (graph.opset or 0) < plan.OPSET:
+            continue
+        try:
+            measured(graph.model, feeds)
+        except LrcompileError:  # ONNX Runtime has no kernel
+            continue
+        ways += sum(1 for _ in cut_in_two(graph.model, feeds))
+    assert ways > 60

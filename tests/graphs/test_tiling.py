@@ -18,6 +18,7 @@ from onnx.reference import ReferenceEvaluator
 from lrcompile import measure
 from lrcompile.errors import LrcompileError
 from lrcompile.graphs.onnx.graph import OnnxGraph
+from lrcompile.graphs.onnx.quantise import quantise
 from lrcompile.graphs.onnx.tiling import emit, plan, tiled
 from lrcompile.graphs.onnx.tiling.rows import rows
 from lrcompile.graphs.onnx.tiling.sizes import measured
@@ -112,6 +113,16 @@ def test_onnxruntime_itself_counts_less(tmp_path: Path):
         assert found is not None
         peaks.append(found.requested)
     assert peaks[1] < 0.5 * peaks[0]
+
+
+def test_a_quantised_model():
+    """Q/DQ pairs are cut like any elementwise operator; codes stay equal."""
+    generator = np.random.default_rng(0)
+    samples = [{"x": generator.standard_normal((1, 32, 16)).astype(np.float32)} for _ in range(4)]
+    model = ir.to_proto(quantise(OnnxGraph.from_proto(nets.mixer()).model, iter(samples)))
+    found = tiled(OnnxGraph.from_proto(model).model, samples[0])
+    assert found.after < 0.8 * found.before
+    np.testing.assert_allclose(run(proto(found), samples[1])[0], run(model, samples[1])[0], rtol=1e-4, atol=1e-5)
 
 
 def test_rows_that_the_data_choose_are_left_alone():
@@ -213,6 +224,16 @@ def _single(call: str, feeds: dict[str, np.ndarray], output: np.ndarray | None) 
     ends = ", ".join(typed(name, array) for name, array in feeds.items())
     out = "float y" if output is None else typed("y", output)
     return onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 20]> m ({ends}) => ({out}) {{ y = {call} }}')
+
+
+def test_a_better_order_where_nothing_can_be_cut():
+    model = nets.branches()
+    found = tile(model)
+    assert [name for name, _ in found.parts] == ["graph"]
+    assert found.after < 0.85 * found.before
+    feeds = inputs(model)
+    np.testing.assert_array_equal(run(proto(found), feeds)[0], run(model, feeds)[0])
+    assert tile(proto(found)).model is None  # there is nothing left to do
 
 
 def test_the_same_model_gives_the_same_file():

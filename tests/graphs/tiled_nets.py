@@ -122,6 +122,21 @@ def mixer() -> onnx.ModelProto:
     return weights(_parsed(text), **shapes)
 
 
+def branches() -> onnx.ModelProto:
+    """A branch that needs much and leaves little, and one that leaves much, in the order that holds both at once."""
+    text = """net (float[1, 8, 64] x) => (float[1, 8, 516] y) {
+        rows = Constant <value = int64 {1}> ()
+        a = MatMul (x, wa)
+        b = CumSum (a, rows)
+        c = CumSum (b, rows)
+        d = MatMul (c, wd)
+        e = MatMul (x, we)
+        f = CumSum (e, rows)
+        y = Concat <axis = 2> (d, f)
+    }"""
+    return weights(_parsed(text), wa=(64, 1024), wd=(1024, 4), we=(64, 512))
+
+
 def small_mixer() -> onnx.ModelProto:
     """One MLP across channels: the least that can be compressed, quantised and deployed."""
     text = """mixer (float[1, 8, 16] x) => (float[1, 8, 16] y) {

@@ -23,11 +23,11 @@ class Constants:
         self.module = module
         self._values: dict[fx.Node, Any] = {}
         self.nodes: set[fx.Node] = set()
-        written = _written(module.graph)
+        mutable = written(module.graph)
         for node in module.graph.nodes:
-            if (node.op == "get_attr" and node not in written and isinstance(self._stored(node), Tensor)) or (
+            if (node.op == "get_attr" and node not in mutable and isinstance(self._stored(node), Tensor)) or (
                 node.op == "call_function"
-                and node not in written
+                and node not in mutable
                 and node.all_input_nodes
                 and all(each in self.nodes for each in node.all_input_nodes)
                 and pure(node.target)
@@ -80,7 +80,7 @@ def pure(target: Any) -> bool:
     return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 
-def _written(graph: fx.Graph) -> set[fx.Node]:
+def written(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that are written to, and what they are views of."""
     found: set[fx.Node] = set()
     for node in reversed(graph.nodes):
@@ -95,6 +95,9 @@ def _aliased(node: fx.Node, *, write: bool | None) -> Iterator[fx.Node]:
     if node.target is operator.getitem:
         if write is None:
             yield from node.all_input_nodes[:1]
+    elif node.target is torch.ops.aten.batch_norm.default:  # its schema does not tell
+        if write and len(node.args) > 5 and node.args[5]:
+            yield from (value for value in node.args[3:5] if isinstance(value, fx.Node))
     elif isinstance(node.target, torch._ops.OpOverload):
         for index, argument in enumerate(node.target._schema.arguments):
             info = argument.alias_info

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.fx.graph import CodeGen
@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from lrcompile.data import InputSpec
 from lrcompile.errors import UnsupportedError
 from lrcompile.graphs.base import Inputs
+from lrcompile.graphs.fx.constants import written
 from lrcompile.graphs.module_run import named_outputs
 from lrcompile.graphs.structured import place
 
@@ -159,7 +160,34 @@ def flat(program: ExportedProgram) -> fx.GraphModule:
     results = output.args[0]
     results = list(results) if isinstance(results, tuple | list) else [results]
     output.args = ({name: results[index] for name, index in output_names(program).items()},)
-    return fx.GraphModule(module, graph)
+    made = fx.GraphModule(module, graph)
+    _keep(made)
+    return made
+
+
+def _keep(module: fx.GraphModule) -> None:
+    """Buffers that the program writes to are copies, which start anew with every run: the program stays as it is."""
+    copies: list[tuple[Tensor, Tensor]] = []
+    for node in written(module.graph):
+        holder, name = _holder(module, node)
+        tensor = getattr(holder, name, None) if node.op == "get_attr" else None
+        if isinstance(tensor, Tensor):
+            copies.append((tensor, tensor.detach().clone()))
+            holder._parameters.pop(name, None)
+            holder._buffers[name] = copies[-1][1]
+
+    def start(*_: Any) -> None:
+        with torch.no_grad():
+            for before, copied in copies:
+                copied.copy_(before)
+
+    if copies:
+        module.register_forward_pre_hook(start)
+
+
+def _holder(module: nn.Module, node: fx.Node) -> tuple[nn.Module, str]:
+    path, _, name = str(node.target).rpartition(".")
+    return (module.get_submodule(path) if node.op == "get_attr" and path else module), name
 
 
 _NAME = "lrcompile_name"

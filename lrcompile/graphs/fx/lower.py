@@ -19,7 +19,7 @@ from lrcompile.errors import UnsupportedError
 from lrcompile.graphs.fx.flat import HELD, held, placeholders
 from lrcompile.graphs.fx.sites import FxReader
 from lrcompile.graphs.structured import Pool, Structured, StructuredConv, StructuredLinear, place
-from lrcompile.linop import Choose, LinearOperator, same
+from lrcompile.linop import Choose, LinearOperator, same, structure
 from lrcompile.linop.dense import choose
 from lrcompile.linop.tree import map_children
 
@@ -97,9 +97,9 @@ class Editor:
             value = held(program, str(spec.target)) if spec.kind in HELD else None
             if isinstance(value, Tensor):
                 self.inputs.setdefault(place(value), self.nodes[node.name])
-        self.fakes: dict[str, Tensor] = {}
         self.touched: set[int] = set()  # storages that lost a reader
         self.traces: dict[object, fx.GraphModule] = {}
+        self.wanted: dict[str, str] = {}  # names that new inputs should have, once others are gone
 
     # -- one layer -------------------------------------------------------------------------
 
@@ -118,6 +118,12 @@ class Editor:
         self.nodes[name] = new
 
     def _traced(self, each: Placed, x: fx.Node, leaves: Mapping[str, fx.Node]) -> fx.GraphModule:
+        key = _form(each.layer, x.meta["val"], list(leaves))
+        if key not in self.traces:
+            self.traces[key] = self._trace(each, x, leaves)
+        return self.traces[key]
+
+    def _trace(self, each: Placed, x: fx.Node, leaves: Mapping[str, fx.Node]) -> fx.GraphModule:
         names = list(leaves)
 
         def forward(value: Tensor, *tensors: Tensor) -> Tensor:
@@ -167,6 +173,7 @@ class Editor:
                 node.meta["val"] = self.mode.from_tensor(tensor, static_shapes=True)
             self.state[target] = tensor
             self.inputs[key] = node
+            self.wanted[node.name] = f"{site}.{name.replace('factors.weight', 'weight')}"
         return self.inputs[key]
 
     def _free(self, target: str) -> str:
@@ -219,6 +226,7 @@ class Editor:
     def finish(self) -> ExportedProgram:
         """The new program, without the stored tensors that lost their last reader."""
         self._forget()
+        self._rename()
         nodes = self.graph.find_nodes(op="placeholder")
         signature = ExportGraphSignature([self.specs[node.name] for node in nodes], self._outputs())
         module = fx.GraphModule(self.program.graph_module, self.graph)
@@ -238,6 +246,17 @@ class Editor:
         made._guards_code = list(self.program._guards_code)
         return made
 
+    def _rename(self) -> None:
+        """A whole matrix or a bias takes the name of what it came for, where that is free now."""
+        names, taken = dict[str, str](), self.state.keys() | self.constants.keys()
+        for node, target in self.wanted.items():
+            spec = self.specs[node]
+            if target not in taken:
+                names[str(spec.target)] = target
+                taken.add(target)
+                self.specs[node] = replace(spec, target=target)
+        self.state = {names.get(name, name): tensor for name, tensor in self.state.items()}
+
     def _outputs(self) -> list[OutputSpec]:
         """The outputs under the names that their nodes have now."""
         results: Any = self.graph.output_node().args[0]
@@ -256,6 +275,14 @@ class Editor:
                 self.graph.erase_node(node)
                 self.state.pop(str(spec.target), None)
                 self.constants.pop(str(spec.target), None)
+
+
+def _form(layer: Structured, x: Tensor, names: Sequence[str]) -> object:
+    """Equal for layers that are traced into the same operations."""
+    leaves = tuple((str(tensor.dtype), tensor.stride(), tensor.requires_grad) for tensor in layer.state_dict().values())
+    window = layer.window if isinstance(layer, StructuredConv) else None
+    shape = str((tuple(x.shape), x.stride(), x.storage_offset(), x.dtype, x.requires_grad))
+    return structure(layer.operator), window, tuple(names), leaves, shape
 
 
 def _fake_mode(program: ExportedProgram) -> FakeTensorMode:

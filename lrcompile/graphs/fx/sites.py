@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from lrcompile.graphs.fx.constants import Constants
 from lrcompile.graphs.fx.flat import name_of
 from lrcompile.graphs.fx.match import aten, call_of
+from lrcompile.graphs.fx.nested import nested
 from lrcompile.graphs.fx.raising import Piece, Raiser, readers, source
 from lrcompile.graphs.module_sites import Found, Reader
 from lrcompile.graphs.module_trace import span
@@ -76,13 +77,24 @@ def raised(module: fx.GraphModule, names: Mapping[Hashable, Sequence[str]]) -> R
     survey, titles, inputs = _Survey(constants, groups), _Titles(constants, names), _Inputs()
     sites: list[tuple[LinearSite, list[Piece]]] = []
     roots: dict[str, frozenset[str]] = {}
-    for key, group in groups.items():
+
+    def enter(group: list[Piece], uses: Sequence[Use], kind: str, frozen: str, made: Sequence[fx.Node]) -> None:
         name, first = titles.of(group), group[0]
+        site = LinearSite(name, first.operator, tuple(uses), first.window, kind, frozen)
+        sites.append((site, group))
+        roots[name] = frozenset(str(root.target) for root in made)
+
+    for key, group in groups.items():
         uses = [Use(piece.node.name, inputs.of(piece), piece.bias) for piece in group]
         uses += [Use(node.name, node.name, None, "rows") for node in survey.lookups(key)]
-        frozen = survey.reason(key)
-        sites.append((LinearSite(name, first.operator, tuple(uses), first.window, _kind(first), frozen), group))
-        roots[name] = frozenset(str(root.target) for root in survey.roots[key])
+        enter(group, uses, _kind(group[0]), survey.reason(key), survey.roots[key])
+    known = {root for found in survey.roots.values() for root in found}
+    for inner, outer, operator, reason in nested(constants):
+        made = list(constants.roots(outer))
+        if known.isdisjoint(made):
+            known.update(made)
+            alone = Piece(inner, operator, inner, nodes=(inner,), weights=(outer,))
+            enter([alone], [Use(inner.name, inner.name)], _kind(alone), reason, made)
     founds = _installed(module, sites)
     for node in reversed([node for node in module.graph.nodes if node in constants]):
         if not node.users:

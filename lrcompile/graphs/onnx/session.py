@@ -148,6 +148,7 @@ class Session:
         profile: writes a profile of every node under this path.
         plain: runs the graph as it is written, node by node, and not as ONNX Runtime optimises it.
         arena: memory comes from an arena, whose statistics a profile has.
+        whole: constants stay in the graph, as a file has them, so that ONNX Runtime fuses what it fuses there.
     """
 
     def __init__(
@@ -159,13 +160,14 @@ class Session:
         profile: str = "",
         plain: bool = False,
         arena: bool = False,
+        whole: bool = False,
     ) -> None:
         import onnxruntime
 
         if has_bfloat16(graph):
             widen(graph)
         self.weights: dict[str, Any] = {}
-        for name, tensor in _take_constants(graph).items():
+        for name, tensor in ({} if whole else _take_constants(graph)).items():
             self.weights[name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor.numpy()))
         self.inputs = [value.name for value in graph.inputs if value.name not in self.weights]
         self.defaults = set(graph.initializers)  # inputs among these need not be fed

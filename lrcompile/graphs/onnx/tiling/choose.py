@@ -72,6 +72,7 @@ class Chooser:
         self.lives = Lives(execution(graph, readers), sizes, readers)
         self.grower = Grower(self.lives, sizes)
         self.plain = self.lives.bytes()
+        self._needs: dict[Region, tuple[int, int, int, int]] = {}
 
     def run(self) -> Choice:
         """Plans that are about as low as the lowest found."""
@@ -94,6 +95,7 @@ class Chooser:
             self.grower.taken |= front[-1].region.members
             levels = self._levels(chosen)
         if not chosen:
+            choice.reason = choice.reason or "the shapes of its values depend on the data, so nothing is known of them"
             return choice
         few = self._relaxed(list(chosen), fronts, max(max(levels, default=0) * SLACK, self.limit))
         choice.after = max(self._levels(few), default=0)
@@ -185,23 +187,28 @@ class Chooser:
 
     def _peak(self, region: Region, count: int) -> int:
         """Bytes alive at once while the region is computed in tiles, everything around it included."""
-        lives, sizes = self.lives, self.sizes
+        if region not in self._needs:
+            self._needs[region] = self._need(region)
+        around, parts, inner, joined = self._needs[region]
+        return max(around + parts * (count - 1) // count + inner // count, joined)
+
+    def _need(self, region: Region) -> tuple[int, int, int, int]:
+        """Bytes beside the tiles, of all outputs, inside a tile that has all rows, and when the outputs are joined."""
+        lives, nbytes = self.lives, self.sizes.nbytes
         steps = [lives.at[node] for node in region.nodes]
         first, last = min(steps), max(steps)
-        inputs = {lives.roots.get(value, value) for value in (*region.cut, *region.whole) if not sizes.constant(value)}
-        made = {lives.roots.get(value, value) for node in region.nodes for value in node.outputs}
+        ends = (value for value in (*region.cut, *region.whole) if not self.sizes.constant(value))
+        inputs = {root for root in (lives.roots.get(value, value) for value in ends) if root in lives.spans}
+        own = inputs | {lives.roots.get(value, value) for node in region.nodes for value in node.outputs}
         through = sum(
-            sizes.nbytes(value)
-            for value, (begin, end) in lives.spans.items()
-            if begin < first and end > last and value not in inputs and value not in made
+            nbytes(value)
+            for value in lives.table[first]
+            if lives.spans[value][0] < first and lives.spans[value][1] > last and value not in own
         )
-        fed = sum(sizes.nbytes(value) for value in inputs if value in lives.spans)
-        kept = sum(sizes.nbytes(value) for value in inputs if value in lives.spans and lives.spans[value][1] > last)
-        parts = [sizes.nbytes(value) for value in region.outputs]
-        inner = self._inner(region) // count
-        tiles = through + fed + sum(parts) * (count - 1) // count + inner
+        kept = sum(nbytes(value) for value in inputs if lives.spans[value][1] > last)
+        parts = [nbytes(value) for value in region.outputs]
         joined = through + kept + sum(parts) + max(parts)
-        return max(tiles, joined)
+        return through + sum(map(nbytes, inputs)), sum(parts), self._inner(region), joined
 
     def _inner(self, region: Region) -> int:
         """Bytes alive at once inside a single tile that has all rows."""

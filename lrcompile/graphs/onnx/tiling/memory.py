@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import onnx_ir as ir
 
@@ -14,11 +15,12 @@ VIEWS = frozenset(["Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"])
 
 
 class Readers:
-    """Who reads a value, among the nodes of the graph itself; what a body reads, its node reads."""
+    """Who reads a value, among the nodes of a graph itself that stays as it is; what a body reads, its node reads."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self._owners: dict[ir.Node, ir.Node] = {}
+        self._known: dict[ir.Value, list[ir.Node]] = {}
         for node in graph:
             for attribute in node.attributes.values():
                 for body in _bodies(attribute):
@@ -26,7 +28,9 @@ class Readers:
 
     def of(self, value: ir.Value) -> list[ir.Node]:
         """The nodes that read a value, each once."""
-        return list(dict.fromkeys(self._owners.get(node, node) for node, _ in value.uses()))
+        if value not in self._known:
+            self._known[value] = list(dict.fromkeys(self._owners.get(node, node) for node, _ in value.uses()))
+        return self._known[value]
 
 
 def _bodies(attribute: ir.Attr) -> list[ir.Graph]:
@@ -108,10 +112,18 @@ class Lives:
             found.append(total)
         return found
 
+    @cached_property
+    def table(self) -> list[list[ir.Value]]:
+        """Values that are alive at every step."""
+        found: list[list[ir.Value]] = [[] for _ in self.order]
+        for value, (first, last) in self.spans.items():
+            for step in range(first, min(last + 1, len(found))):
+                found[step].append(value)
+        return found
+
     def alive(self, step: int) -> list[ir.Value]:
         """Values that are alive at a step, the largest first."""
-        found = [value for value, (first, last) in self.spans.items() if first <= step <= last]
-        return sorted(found, key=lambda value: -self.sizes.nbytes(value))
+        return sorted(self.table[step], key=lambda value: -self.sizes.nbytes(value))
 
     def span(self, value: ir.Value) -> tuple[int, int]:
         """First and last step of a value."""

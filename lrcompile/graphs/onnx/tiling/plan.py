@@ -9,15 +9,18 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from lrcompile.errors import GateError, LrcompileError
+from lrcompile.errors import GateError, LrcompileError, UnsupportedError
 from lrcompile.graphs.base import Inputs
 from lrcompile.graphs.onnx.session import Session
 from lrcompile.graphs.onnx.tiling.choose import SLACK, WORTH, Chooser, Tiled
 from lrcompile.graphs.onnx.tiling.emit import Writer
 from lrcompile.graphs.onnx.tiling.grow import Region
 from lrcompile.graphs.onnx.tiling.memory import peak
+from lrcompile.graphs.onnx.tiling.order import reordered
 from lrcompile.graphs.onnx.tiling.sizes import Sizes, arena, free_dimensions, measured, resized
 
+OPSET = 10
+"""Since then slices can begin and end at computed positions."""
 SMALLEST = (1, 3)
 """Sizes of all free dimensions in the last checks: fewer rows than tiles."""
 ROUNDING = {"float16": 1e-2, "bfloat16": 5e-2, "float64": 1e-9}
@@ -54,15 +57,23 @@ def tiled(model: ir.Model, sample: Inputs, *, limit: float = 0.0, most: int = 8)
         most: tiles of one region.
 
     Raises:
-        UnsupportedError: the model does not run, or nothing can be known about its free dimensions.
+        UnsupportedError: the model does not run, is too old, or nothing can be known about its free dimensions.
         GateError: the outputs of the copy differ.
     """
+    if model.opset_imports.get("", 0) < OPSET:
+        raise UnsupportedError(
+            f"tiles need opset {OPSET}, the model has {model.opset_imports.get('', 0)}",
+            hint="convert the model to a later opset",
+        )
     sizes, before = measured(model, sample), arena(model, sample)
     share = limit if limit <= 1 else limit / before
     if share >= 1:
         return Tiling(None, (), before, before, f"{before:,} bytes at once are within the limit")
-    choice = Chooser(model.graph, sizes, limit=int(share * peak(model.graph, sizes)), most=most).run()
-    tried = [_Tried(model, sizes, plan, sample) for plan in _distinct(choice.plans)]
+    base, parts = _ordered(model, sizes, sample, before)
+    choice = Chooser(base.graph, sizes, limit=int(share * peak(model.graph, sizes)), most=most).run()
+    tried = [_Tried(base, sizes, plan, sample) for plan in _distinct(choice.plans)]
+    if parts:
+        tried.insert(0, _Tried(base, sizes, (), sample))
     if not tried:
         return Tiling(None, (), before, before, choice.reason)
     least = max(min(each.peak for each in tried), share * before)
@@ -70,8 +81,16 @@ def tiled(model: ir.Model, sample: Inputs, *, limit: float = 0.0, most: int = 8)
     if best.peak > WORTH * before:
         told = f"tiles would leave {best.peak:,} of {before:,} bytes, since ONNX Runtime keeps memory for later values"
         return Tiling(None, (), before, before, f"{told}; {choice.reason}")
-    _check(model, best.model, sizes)
-    return Tiling(best.model, best.parts, before, best.peak, choice.reason)
+    check(model, best.model, sizes)
+    return Tiling(best.model, [*parts, *best.parts], before, best.peak, choice.reason)
+
+
+def _ordered(model: ir.Model, sizes: Sizes, sample: Inputs, before: int) -> tuple[ir.Model, list[tuple[str, str]]]:
+    """The model with its nodes in a better order where ONNX Runtime confirms it, and what to say of it."""
+    found = reordered(model, sizes)
+    if found is None or found[1] > WORTH or arena(found[0], sample) > WORTH * before:
+        return model, []
+    return found[0], [("graph", "nodes in an order that keeps less alive")]
 
 
 class _Tried:
@@ -79,7 +98,7 @@ class _Tried:
 
     def __init__(self, model: ir.Model, sizes: Sizes, tiles: Sequence[Tiled], sample: Inputs) -> None:
         self.model, self.parts = model.clone(), list(map(_told, tiles))
-        regions = _moved(model.graph, self.model.graph, [each.region for each in tiles])
+        regions = moved(model.graph, self.model.graph, [each.region for each in tiles])
         writer = Writer(self.model.graph, sizes)
         for region, each in zip(regions, tiles, strict=True):
             writer.tile(region, each.count)
@@ -91,7 +110,7 @@ class _Tried:
         self.peak = arena(self.model, sample)
 
 
-def _moved(graph: ir.Graph, clone: ir.Graph, regions: Sequence[Region]) -> Iterator[Region]:
+def moved(graph: ir.Graph, clone: ir.Graph, regions: Sequence[Region]) -> Iterator[Region]:
     """The same regions in a copy of the graph."""
     nodes = dict(zip(graph, clone, strict=True))
     values = dict(zip(graph.inputs, clone.inputs, strict=True))
@@ -119,7 +138,7 @@ def _told(each: Tiled) -> tuple[str, str]:
 _TELLING = ("MatMul", "Gemm", "Softmax", "Gelu", "Erf", "Relu", "Conv", "LayerNormalization", "MatMulNBits", "Einsum")
 
 
-def _check(model: ir.Model, clone: ir.Model, sizes: Sizes) -> None:
+def check(model: ir.Model, clone: ir.Model, sizes: Sizes) -> None:
     """Runs both models at all sizes that are known to run, and at tiny ones.
 
     Raises:
@@ -131,7 +150,11 @@ def _check(model: ir.Model, clone: ir.Model, sizes: Sizes) -> None:
             wanted = old.run(batch)
         except LrcompileError:
             continue  # the model itself does not run at this size
-        found = new.run(batch)
+        try:
+            found = new.run(batch)
+        except LrcompileError as error:
+            at = ", ".join(f"{name} of {array.shape}" for name, array in batch.items())
+            raise GateError(f"ONNX Runtime fails on the tiles for {at}: {error.message}") from error
         for name, array in wanted.items():
             _same(name, array, found[name], batch)
 

@@ -171,6 +171,8 @@ def _squeeze(node: ir.Node, axis: int, sizes: Sizes) -> Axes | None:
     if axes is None:
         return None
     kept = [each for each in range(rank) if each not in axes]
+    if len(kept) != sizes.rank(node.outputs[0]):
+        return None
     return (kept[axis], *[None] * (len(node.inputs) - 1))
 
 
@@ -182,6 +184,8 @@ def _reduce(node: ir.Node, axis: int, sizes: Sizes) -> Axes | None:
     kept = list(range(rank))
     if not node.attributes.get_int("keepdims", 1):
         kept = [each for each in kept if each not in axes]
+    if len(kept) != sizes.rank(node.outputs[0]):
+        return None  # axes that are no axes of this value
     return (kept[axis], *[None] * (len(node.inputs) - 1)) if kept[axis] not in axes else None
 
 

@@ -36,6 +36,8 @@ SHAPED_BY = {
     "Split": (1,), "CenterCropPad": (1,), "Upsample": (1,), "AffineGrid": (1,), "MaxUnpool": (2,),
 }  # fmt: skip
 """Inputs whose values decide the shape of the output; the axes of reductions are taken with them."""
+WHOLE = 2**29
+"""Models of fewer bytes are counted as they are; the weights of larger ones are handed over, which fuses less."""
 BY_DATA = frozenset(["NonZero", "Unique", "Compress", "NonMaxSuppression", "Loop", "If", "Scan", "StringSplit"])
 
 
@@ -53,6 +55,7 @@ class Sizes:
     inputs: Sequence[Inputs]
     itemsize: Mapping[str, int] = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()
+    _bytes: dict[str, int] = field(default_factory=dict)
 
     def of(self, value: ir.Value | None) -> tuple[Size, ...] | None:
         """Every dimension of a value, None where nothing is known."""
@@ -78,8 +81,11 @@ class Sizes:
 
     def nbytes(self, value: ir.Value) -> int:
         """Bytes of a computed value in the first run; 0 where nothing is known, or it is fixed."""
-        found = None if str(value.name) in self.fixed else self.shapes.get(str(value.name))
-        return 0 if found is None else prod(found[0]) * self.itemsize.get(str(value.name), 4)
+        name = str(value.name)
+        if name not in self._bytes:
+            found = None if name in self.fixed else self.shapes.get(name)
+            self._bytes[name] = 0 if found is None else prod(found[0]) * self.itemsize.get(name, 4)
+        return self._bytes[name]
 
 
 def static(size: Size) -> bool:
@@ -189,10 +195,16 @@ def _profiled(graph: ir.Graph, like: ir.Model, inputs: Inputs, *, plain: bool) -
     """What ONNX Runtime writes down about every node of one run."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "run")
-        session = Session(graph, like, threads=1, profile=path, plain=plain, arena=not plain)
+        small = not plain and sum(tensor.nbytes for tensor in _stored(graph)) < WHOLE
+        session = Session(graph, like, threads=1, profile=path, plain=plain, arena=not plain, whole=small)
         session.run(inputs)
         events = json.loads(Path(session.session.end_profiling()).read_text(encoding="utf-8"))
     return [event for event in events if event.get("cat") == "Node"]
+
+
+def _stored(graph: ir.Graph) -> list[ir.TensorProtocol]:
+    tensors = (value.const_value for value in graph.initializers.values())
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def arena(model: ir.Model, inputs: Inputs) -> int:
