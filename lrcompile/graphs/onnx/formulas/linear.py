@@ -13,6 +13,7 @@ from lrcompile.dataflow.index import Sum, constant
 from lrcompile.graphs.onnx.formulas.builder import Builder, Index, Shape, broadcast, integer, integers, number, op, text
 from lrcompile.graphs.onnx.formulas.moving import inside
 from lrcompile.graphs.onnx.formulas.pointwise import const
+from lrcompile.graphs.onnx.formulas.sparse import sparse, sparse_product
 
 Change = Callable[[Expr, Sequence[Sum]], Expr]
 
@@ -60,7 +61,10 @@ def _own(index: list[Sum], shape: Shape) -> list[Sum]:
 
 @op("MatMul")
 def _matmul(b: Builder, node: ir.Node) -> None:
-    matmul(b, node, b.output(node), b.need(node, 0), b.need(node, 1))
+    x, y = b.need(node, 0), b.need(node, 1)
+    fits = len(b.shape(y)) == 2 and b.shape(x)[-1:] == b.shape(y)[:1]
+    if not (fits and sparse_product(b, b.output(node), x, y)):
+        matmul(b, node, b.output(node), x, y)
 
 
 @op("MatMulInteger")
@@ -88,7 +92,11 @@ def _gemm(b: Builder, node: ir.Node) -> None:
     alpha, beta = number(node, "alpha", 1.0), number(node, "beta", 1.0)
     one, two = b.shape(x)[:: -1 if flip[0] else 1], b.shape(y)[:: -1 if flip[1] else 1]
 
+    few = None if flip[0] else sparse(b, y, flip[1])
+
     def element(i: Index, inner: Index) -> Expr:
+        if few is not None:
+            return few.term(x, i[:1], i[1:], inner)
         first, second = (i[0], inner[0]), (inner[0], i[1])
         return call("mul", b.at(x, first[:: -1 if flip[0] else 1]), b.at(y, second[:: -1 if flip[1] else 1]))
 
@@ -100,7 +108,8 @@ def _gemm(b: Builder, node: ir.Node) -> None:
         extra = b.spread(c, i)
         return call("add", total, extra if beta == 1 else call("mul", extra, const(beta, extra)))
 
-    b.reduce(b.output(node), (one[0], two[1]), (one[1],), element, "add", finish)
+    extent = one[1] if few is None else few.most
+    b.reduce(b.output(node), (one[0], two[1]), (extent,), element, "add", finish)
 
 
 @op("Einsum")
