@@ -142,6 +142,8 @@ def _fold(builder: Builder, node: ir.Node, model: ir.Model) -> bool:
     if node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "Multinomial", "Dropout"):
         return False
     arrays = [None if each is None else builder.array(each) for each in builder.inputs(node)]
+    if node.op_type == "DequantizeLinear" and integer.stays_narrow(node, arrays):
+        return False
     given = [value for value in node.inputs if value is not None and value.name]
     if len([each for each in arrays if each is not None]) != len(given):
         return False

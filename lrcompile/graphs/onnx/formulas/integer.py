@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from lrcompile.dataflow.expr import Const, Datum, Expr, Load, call, cast
@@ -19,6 +20,8 @@ from lrcompile.graphs.onnx.formulas.pointwise import const
 from lrcompile.graphs.onnx.formulas.reducing import over
 
 DOMAIN = "lrcompile.integer"
+WIDE = 256
+"""Constant codes of so many elements stay bytes; fewer are decoded beforehand."""
 
 
 def private(*names: str) -> Callable[[Handler], Handler]:
@@ -273,6 +276,14 @@ def _quantize(b: Builder, node: ir.Node) -> None:
         return cast(cast(clamped, "int32"), dtype)
 
     b.define(b.output(node), b.shape(x), formula)
+
+
+def stays_narrow(node: ir.Node, arrays: Sequence[np.ndarray | None]) -> bool:
+    """Whether constant codes are decoded where they are used: a matrix of bytes takes a quarter of its floats."""
+    codes = arrays[0]
+    if codes is None or codes.ndim < 2 or codes.dtype.itemsize > 1 or "block_size" in node.attributes:
+        return False
+    return codes.size >= WIDE
 
 
 @op("DequantizeLinear")

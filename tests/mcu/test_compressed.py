@@ -1,4 +1,4 @@
-"""Constant matrices that are mostly zeros: entries with narrow indices, in formulas and in firmware."""
+"""What compressed weights take in firmware: sparse entries with narrow indices, codes of bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lrcompile.files import AtomicSet
 from lrcompile.graphs.onnx.formulas import build
 from lrcompile.graphs.onnx.graph import OnnxGraph
 from lrcompile.graphs.onnx.load import from_proto
-from lrcompile.linop import Dense, Product, SemiSparse
+from lrcompile.linop import Dense, Product, Quantized, SemiSparse
 
 FLOAT = onnx.TensorProto.FLOAT
 
@@ -52,7 +52,9 @@ def test_products_are_what_dense_ones_are(rows: int, index: str):
     node = helper.make_node("Gemm", ["x", "w", "b"], ["y"], transB=1, alpha=0.5, beta=2.0)
     made = build(from_proto(model(node, [5, rows], [5, 9], w=matrix.T.copy(), b=bias)))
     assert index in {array.dtype.name for array in made.constants.values()}
-    np.testing.assert_allclose(interpret.run(made, {"x": x[0]})["y"], 0.5 * x[0] @ matrix + 2 * bias, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        interpret.run(made, {"x": x[0]})["y"], 0.5 * x[0] @ matrix + 2 * bias, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_what_is_not_sparse_enough_or_stands_the_other_way_stays_dense():
@@ -89,3 +91,22 @@ def test_a_dictionary_with_sparse_codes_takes_its_own_bytes(tmp_path: Path, caps
     assert found["small"]["flash"]["weights"] == 4 * 32 * 64 + (4 + 1) * 128 * most
     assert found["small"]["instructions"] < 0.8 * found["dense"]["instructions"]
     assert found["small"]["relative_l2"] < 1e-6
+
+
+def test_codes_of_weights_stay_bytes_where_activations_are_floats(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    random = np.random.default_rng(0)
+    dense, small = tmp_path / "dense.onnx", tmp_path / "small.onnx"
+    weight = random.standard_normal((64, 128)).astype(np.float32)
+    onnx.save(model(helper.make_node("MatMul", ["x", "w"], ["y"]), [4, 64], [4, 128], w=weight), dense)
+    graph = OnnxGraph.load(dense)
+    scale = torch.rand(128, 1, generator=torch.Generator().manual_seed(0)) / 100
+    codes = torch.from_numpy(random.integers(-127, 128, (128, 64))).to(torch.int8)
+    graph.replace(graph.linear_sites()[0], Quantized(codes, scale, None, group=64))
+    with AtomicSet(small) as files:
+        OnnxRuntime().build(graph, out=files)
+    np.savez(tmp_path / "x.npz", x=random.standard_normal((4, 64)).astype(np.float32))
+    words = ["deploy", small, "--to", "c", "-o", tmp_path / "out", "--run", tmp_path / "x.npz", "--json"]
+    assert run([*map(str, words)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["flash"]["weights"] == 128 * 64 + 4 * 128
+    assert found["relative_l2"] < 1e-6
