@@ -17,11 +17,12 @@ from torch.export import ExportedProgram
 
 import lrcompile
 from lrcompile import Budget, Options, Settings, to_program, zoo
-from lrcompile.errors import GateError, LrcompileWarning, UnsupportedError, UsageError
+from lrcompile.errors import GateError, InvalidInputError, LrcompileWarning, UnsupportedError, UsageError
 from lrcompile.frontend import open_graph
 from lrcompile.graphs.onnx.torched.table import RULES
 from lrcompile.linop import Product, densify
 from tests.e2e.running import images
+from tests.graphs.test_gradients import cases
 
 OPTIONS = Options(max_drift=10.0, latency=False, settings=Settings(align=4, probe_samples=4))
 
@@ -231,6 +232,94 @@ def test_a_wrong_program_is_never_given_out(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(RULES, ("", "Relu"), lambda node, x: x.abs())
     with pytest.raises(GateError, match="computes something else"):
         to_program(proto, {"x": -np.ones((3, 4), np.float32)})
+
+
+def test_conformance_cases_are_carried_over_or_refused():
+    """One in eighteen of the suite; the comparison with ONNX Runtime never fails."""
+    carried = 0
+    for case in cases()[::18]:
+        feeds = dict(zip([value.name for value in case.model.graph.input], case.data_sets[0][0], strict=False))
+        if not feeds or not all(isinstance(array, np.ndarray) for array in feeds.values()):
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                to_program(case.model, feeds)
+            carried += 1
+        except (UnsupportedError, InvalidInputError):
+            pass
+    assert carried >= 30
+
+
+def test_a_single_number_is_an_input():
+    nodes = [helper.make_node("MatMul", ["x", "x"], ["y"])]
+    proto = model_of(nodes, [4], [], {})
+    agree(to_program(proto, {"x": np.ones(4, np.float32)}), proto, {"x": np.arange(4, dtype=np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ({"x": np.ones((2, 5), np.float32)}, "has shape"),
+        ({"x": np.ones((2, 4), np.complex64)}, "complex64"),
+        ({"z": np.ones((2, 4), np.float32)}, "no input"),
+        ({}, "lacks"),
+    ],
+)
+def test_a_sample_that_does_not_fit_is_refused(sample: dict[str, np.ndarray], message: str):
+    proto = model_of([helper.make_node("Relu", ["x"], ["y"])], ["n", 4], ["n", 4], {})
+    with pytest.raises(InvalidInputError, match=message):
+        to_program(proto, sample)
+
+
+def test_expressions_of_several_weights_keep_their_names():
+    """A scale behind a weight, and an adapter beside one."""
+    held = {
+        name: np.random.default_rng(index).standard_normal(shape).astype(np.float32)
+        for index, (name, shape) in enumerate(
+            {"b.fc.weight": (4, 4), "b.scale": (4,), "up.weight": (4, 4), "up.lora_A.weight": (4, 2),
+             "up.lora_B.weight": (2, 4)}.items()
+        )
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("MatMul", ["x", "b.fc.weight"], ["h"]),
+        helper.make_node("Mul", ["h", "b.scale"], ["s"]),
+        helper.make_node("Tanh", ["s"], ["t"]),
+        helper.make_node("MatMul", ["t", "up.weight"], ["main"]),
+        helper.make_node("MatMul", ["t", "up.lora_A.weight"], ["low"]),
+        helper.make_node("MatMul", ["low", "up.lora_B.weight"], ["side"]),
+        helper.make_node("Add", ["main", "side"], ["y"]),
+    ]
+    proto = model_of(nodes, ["n", 4], ["n", 4], held)
+    program = to_program(proto, {"x": np.ones((3, 4), np.float32)})
+    assert {"up.weight", "up.lora_A.weight", "up.lora_B.weight"} <= program.state_dict.keys()
+    assert sites(program) == sites(proto)
+
+
+def test_odd_names_are_made_fit():
+    """What Python or a ``.pt2`` file cannot hold; a tensor named like the module of another one."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["input.1", "onnx::MatMul_7"], ["h"], name="/block/fc/MatMul"),
+            helper.make_node("Add", ["h", "w"], ["s"]),
+            helper.make_node("Add", ["s", "w.b c"], ["training"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info(name, 1, ["n", 4]) for name in ("input.1", "lambda")],
+        [helper.make_tensor_value_info("training", 1, ["n", 4])],
+        [
+            numpy_helper.from_array(np.full((4, 4), 0.5, np.float32), "onnx::MatMul_7"),
+            numpy_helper.from_array(np.arange(4, dtype=np.float32), "w"),
+            numpy_helper.from_array(np.arange(4, dtype=np.float32), "w.b c"),
+        ],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    x = np.ones((3, 4), np.float32)
+    program = to_program(proto, {"input.1": x, "lambda": x})
+    agree(program, proto, {"input.1": x * 2, "lambda": x})
+    assert [name for name, _ in program.named_parameters()] == ["block.fc.weight", "w.weight", "w.b_c"]
+    assert [spec.name for spec in open_graph(program).input_specs] == ["input_1", "lambda_"]
+    assert sites(program)[0][0] == sites(proto)[0][0] == "block.fc"
 
 
 def test_only_onnx_models_are_taken():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import keyword
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -206,6 +207,7 @@ def identifiers(names: Sequence[str]) -> list[str]:
     for name in names:
         plain = "".join(letter if letter.isascii() and (letter.isalnum() or letter == "_") else "_" for letter in name)
         plain = plain if plain[:1].isidentifier() else f"_{plain}"
+        plain = f"{plain}_" if keyword.iskeyword(plain) or plain == "self" else plain
         while plain in found:
             plain += "_"
         found.append(plain)

@@ -26,6 +26,8 @@ from lrcompile.graphs.onnx.torched.titles import titles
 TOLERANCE = 1e-3
 """Largest relative L2 distance of an output to that of ONNX Runtime."""
 
+_INTEGERS = ("INT8", "INT16", "INT32", "INT64")
+_FED = frozenset(ir.DataType[name] for name in ("FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16", "BOOL", "UINT8", *_INTEGERS))
 _NARROW = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
@@ -63,6 +65,10 @@ def exported(graph: OnnxGraph, sample: Inputs) -> ExportedProgram:
 
 
 def _check(model: ir.Model) -> None:
+    for value in model.graph.inputs:
+        if value.dtype is None or value.dtype not in _FED:
+            kind = "an unknown type" if value.dtype is None else value.dtype.name
+            raise UnsupportedError(f"an input of {kind} is not carried over to torch", where=str(value.name))
     values = [*model.graph.inputs, *model.graph.initializers.values()]
     values += [value for node in model.graph for value in node.outputs]
     narrow = next((value for value in values if value.dtype in _NARROW), None)
@@ -102,12 +108,13 @@ def _attempt(
 def _first(body: ir.Graph, names: Mapping[str, str], given: Inputs, shapes: Mapping[str, Sizes]) -> Traceable:
     module = Traceable(body, names, shapes).eval()
     with torch.no_grad():
-        module(*_tensors(module, given))
+        module(*_tensors(given))
     return module
 
 
-def _tensors(module: Traceable, given: Inputs) -> tuple[Tensor, ...]:
-    return tuple([tensor_of(np.asarray(given[name])) for name in module.inputs])
+def _tensors(given: Inputs) -> tuple[Tensor, ...]:
+    """The inputs in their order, which :func:`resized` gives them."""
+    return tuple([tensor_of(np.asarray(array)) for array in given.values()])
 
 
 def _traced(module: Traceable, given: Inputs, open_sizes: Sized, free: frozenset[str]) -> ExportedProgram:
@@ -123,7 +130,7 @@ def _traced(module: Traceable, given: Inputs, open_sizes: Sized, free: frozenset
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.export.export(module, _tensors(module, given), dynamic_shapes=tuple(dims), strict=False)
+            return torch.export.export(module, _tensors(given), dynamic_shapes=tuple(dims), strict=False)
     except LrcompileError:
         raise
     except Exception as error:  # export raises anything
@@ -148,10 +155,9 @@ def _others(sizes: Mapping[str, int], varying: Iterable[str]) -> dict[str, int]:
 
 
 def _compare(program: ExportedProgram, given: Inputs, wanted: Mapping[str, Any]) -> None:
-    fed = [tensor_of(np.asarray(array)) for array in given.values()]
     try:
         with torch.no_grad():
-            found = program.module()(*fed)
+            found = program.module()(*_tensors(given))
     except Exception as error:  # a condition that torch noted, or anything
         raise UnsupportedError(f"the program does not run at other sizes: {_line(error)}") from error
     for name, want in wanted.items():

@@ -125,7 +125,7 @@ def _gather(node: ir.Node, x: Tensor, indices: Tensor) -> Tensor:
     axis = node.attributes.get_int("axis", 0) % max(x.ndim, 1)
     wrapped = torch.where(indices < 0, indices + x.shape[axis], indices)
     found = x.index_select(axis, wrapped.reshape(-1))
-    return found.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return found.reshape((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
 
 
 @rule("GatherElements")

@@ -47,7 +47,7 @@ class Sizes:
     def tensor(self) -> Tensor:
         """The tensor; with free sizes it is made of one operation for each number."""
         flat = list(self.items.reshape(-1))
-        if self.plain and len(flat) > 1:
+        if self.plain and len(flat) != 1:
             return torch.tensor(flat, dtype=self.dtype).reshape(self.items.shape)
         numbers = [torch.full((), item, dtype=self.dtype) for item in flat]
         return torch.stack(numbers).reshape(self.items.shape) if self.items.ndim else numbers[0]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-import onnx_ir as ir
-from torch import nn
+from torch import Tensor, nn
 
+from lrcompile.graphs.fx.sites import common, stem
 from lrcompile.graphs.onnx.constants import constant, origin
 from lrcompile.graphs.onnx.match import Match
 from lrcompile.graphs.onnx.naming import is_generated, unique
@@ -39,35 +39,41 @@ def _by_site(sites: Mapping[str, tuple[Match, ...]]) -> dict[str, str]:
     wanted: dict[str, str] = {}
     for site, matches in sites.items():
         for match in matches:
-            paths = {_address(tensor): path for path, tensor in tensors(match.operator)}
-            for value in _weights(match):
-                tensor = constant(value)
-                path = "" if tensor is None else paths.get(_address(to_torch(tensor)), "")
-                title = _weight_title(str(value.name), site, match, path)
-                if title:
-                    wanted.setdefault(str(value.name), title)
+            for name, title in _weights(site, match).items():
+                wanted.setdefault(name, title)
             if match.bias is not None and is_generated(str(match.bias.name)):
                 wanted.setdefault(str(match.bias.name), f"{site}.bias")
     return wanted
 
 
-def _weights(match: Match) -> list[ir.Value]:
-    behind = [origin(value)[0] for node in match.nodes for value in node.inputs if value is not None]
-    return [
-        value for value in behind if constant(value) is not None and value.shape is not None and len(value.shape) > 1
-    ]
+def _weights(site: str, match: Match) -> dict[str, str]:
+    """Titles of a site's weights; none where their own names give the site its name."""
+    paths = _paths(match)
+    stems = [stem(name) for name in paths]
+    own = stems[:1] if len(stems) < 2 else [common(stems) or stems[0]]
+    ours = any(name == f"{site}.{path.removesuffix('.weight')}" for name, path in paths.items())  # written by a backend
+    if own == [site] and not ours and not any(is_generated(name) for name in paths):
+        return {}
+    if isinstance(match.operator, Dense):
+        return {name: f"{site}.weight" for name in paths}
+    return {name: f"{site}.factors.{path}" for name, path in paths.items()}
 
 
-def _weight_title(name: str, site: str, match: Match, path: str) -> str:
-    """The site's name with that of the factor; the tensor's own name where it says the same."""
-    if isinstance(match.operator, Dense) or not path:
-        same = (name.removesuffix("weight").rstrip("._") or name) == site
-        return "" if same or not isinstance(match.operator, Dense) else f"{site}.weight"
-    return f"{site}.factors.{path}"
+def _paths(match: Match) -> dict[str, str]:
+    """The stored tensors that the leaves of an expression are, with the leaves' paths, in the order of the nodes."""
+    leaves = {_address(tensor): path for path, tensor in tensors(match.operator)}
+    found: dict[str, str] = {}
+    for value in (value for node in match.nodes for value in node.inputs if value is not None):
+        behind = origin(value)[0]
+        tensor = constant(behind)
+        path = None if tensor is None else leaves.get(_address(to_torch(tensor)))
+        if path is not None:
+            found[str(behind.name)] = path
+    return found
 
 
-def _address(tensor: object) -> int:
-    return tensor.data_ptr()  # type: ignore[attr-defined]
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr()
 
 
 def _legal(name: str) -> str:
