@@ -22,7 +22,8 @@ def to_program(model: Any, sample: Any = None) -> ExportedProgram:
     Weights become parameters (copies of the model's) called like the tensors in the file, or like the site that
     reads them where an exporter made the name up; a factorised site keeps its factors. Inputs keep their names and
     order, and outputs come in a dictionary. Sizes that the model leaves open stay free as far as torch can trace
-    it; a :class:`lrcompile.errors.LrcompileWarning` names those that the sample fixes. The program was compared
+    it (a size of 0 or 1 inside the model may be outside of what it traced: the program then refuses such inputs);
+    a :class:`lrcompile.errors.LrcompileWarning` names those that the sample fixes. The program was compared
     with ONNX Runtime on the sample and, where sizes are free, at other sizes.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 
 from lrcompile.graphs.onnx.tensors import to_torch
 from lrcompile.graphs.onnx.torched.table import filling, ints, rule, wide
+
+_FAR = 2**31 - 1
 
 
 @rule("Shape")
@@ -102,6 +105,11 @@ def _split(node: ir.Node, x: Tensor, sizes: Tensor | None = None) -> tuple[Tenso
     return x.split(given, axis)
 
 
+def _near(end: Any) -> Any:
+    """An end of a slice as a number of 32 bits: exporters write the largest there is for "all", and torch warns."""
+    return max(min(end, _FAR), -_FAR) if isinstance(end, int) else end
+
+
 @rule("Slice")
 def _slice(
     node: ir.Node, x: Tensor, starts: Tensor | None = None, ends: Tensor | None = None,
@@ -113,7 +121,7 @@ def _slice(
     strides = ints(steps) or [1] * len(first)
     for axis, start, end, step in zip(chosen, first, last, strides, strict=True):
         if step > 0:
-            x = x[(slice(None),) * (axis % x.ndim) + (slice(start, end, step),)]
+            x = x[(slice(None),) * (axis % x.ndim) + (slice(_near(start), _near(end), step),)]
         else:
             where = range(x.shape[axis])[slice(start, end, step)]
             x = x.index_select(axis, torch.tensor(list(where), dtype=torch.int64))
