@@ -70,7 +70,7 @@ def _array(spec: InputSpec, value: Any) -> np.ndarray:
     if spec.dtype is not None and not castable(array.dtype, spec.dtype):
         raise InvalidInputError(f"holds {array.dtype}, the model takes {spec.dtype}", where=f"sample: {spec.name}")
     fits = [want == have or not isinstance(want, int) for want, have in zip(spec.shape, array.shape, strict=False)]
-    if len(array.shape) != len(spec.shape) or not all(fits):
+    if spec.shape and (len(array.shape) != len(spec.shape) or not all(fits)):
         wanted = ", ".join(map(str, spec.shape))
         raise InvalidInputError(f"has shape {array.shape}, the model takes ({wanted})", where=f"sample: {spec.name}")
     return array if spec.dtype is None else array.astype(spec.dtype, copy=False)
