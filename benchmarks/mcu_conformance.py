@@ -30,6 +30,11 @@ def _reason(verdict: Verdict) -> str:
     return re.sub(r" \(give one.*| \(--shape.*", "", found.group(0) if found else verdict.reason)[:110]
 
 
+def _plain(reason: str) -> str:
+    """One line without the folders of this machine."""
+    return " ".join(re.sub(r"/\S*/", "", reason).replace("|", "/").split())[:160]
+
+
 def report(found: Sequence[Verdict]) -> list[str]:
     """The parts of the result: counts, refusals by reason, wrong cases."""
     kinds = Counter(verdict.kind for verdict in found)
@@ -38,7 +43,7 @@ def report(found: Sequence[Verdict]) -> list[str]:
     rows = [[names[kind], kinds[kind], single[kind]] for kind in names]
     rows.append(["all", len(found), sum(single.values())])
     refused = Counter(_reason(verdict) for verdict in found if verdict.kind == "refused")
-    wrong = [[verdict.name, verdict.reason[:160].replace("|", "/")] for verdict in found if verdict.kind == "wrong"]
+    wrong = [[verdict.name, _plain(verdict.reason)] for verdict in found if verdict.kind == "wrong"]
     parts = [NOTE, table(["cases", "all", "without expanded functions"], rows)]
     parts += ["## Wrong", table(["case", "what"], wrong) if wrong else "None."]
     return [*parts, "## Refused", table(["reason", "cases"], refused.most_common())]

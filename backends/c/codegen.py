@@ -74,7 +74,10 @@ def functions(kernels: Mapping[str, Lowered]) -> dict[str, tuple[str, str]]:
     found = {}
     for symbol, params, body in FUNCTION.findall(source):
         if symbol in kernels:
-            found[symbol] = _parameters(params.split(", "), kernels[symbol]), _clean(body)
+            body = _clean(body)
+            unread = [name for name in re.findall(r"(\w+)(?:,|$)", params) if not re.search(rf"\b{name}\b", body)]
+            body = "".join(f"    (void){name};\n" for name in unread) + body
+            found[symbol] = _parameters(params.split(", "), kernels[symbol]), body
     return found
 
 

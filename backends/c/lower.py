@@ -149,6 +149,7 @@ class Lowering:
         assert body is not None
         total = tirx.decl_buffer((len(points),), _storage(body.dtype), "acc", layout=None)  # type: ignore[arg-type]
         first = self._value(first_value(part.combine, body.dtype), {}, node, None)
+        first = tirx.Cast("uint8", first) if body.dtype == "bool" else first
         stmts = [tirx.AllocBuffer(total)]
         stmts += [tirx.BufferStore(total, first, [_int(at)]) for at in range(len(points))]
         inner = [var for var in part.inner if var.extent > 1]
@@ -156,7 +157,8 @@ class Lowering:
         updates = self._updates(node, part, total, [dict(point) | own for point in points], inner[-1:])
         stmts.append(_wrap(updates, loops))
         for at, point in enumerate(points):
-            stmts.append(self._store(node, part, point, tirx.BufferLoad(total, [_int(at)])))
+            found = tirx.BufferLoad(total, [_int(at)])
+            stmts.append(self._store(node, part, point, _truth(found) if body.dtype == "bool" else found))
         return _seq(stmts)
 
     def _updates(self, node: Node, part: Part, total: Any, points: list[Env], last: list[Var]) -> Any:
@@ -191,7 +193,7 @@ class Lowering:
         assert part.body is not None
         dtype = part.body.dtype
         if dtype == "bool":
-            return (tirx.Or if part.combine in ("max", "add") else tirx.And)(_truth(old), new)
+            return tirx.Cast("uint8", (tirx.Or if part.combine in ("max", "add") else tirx.And)(_truth(old), new))
         if part.combine in START:
             return KINDS[part.combine](old, new)
         if dtype.startswith("float"):
@@ -308,7 +310,7 @@ class Lowering:
             case "scale":
                 return integer.scale(args)
             case "isnan":
-                return tirx.NE(args[0], args[0])
+                return tirx.NE(tirx.call_pure_extern("int32", "isnan", args[0]), _int(0))  # x != x is simplified
             case "rem":
                 return tirx.Mod(*args)
             case "div":

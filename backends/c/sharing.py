@@ -13,9 +13,10 @@ from dataclasses import dataclass
 MOST = 24
 """Parameters that a function takes for numbers: with more, its kernels have too little in common."""
 _MINUS = re.compile(r" - (?=\d+\b(?![.]))")
+_PLUS = re.compile(r" \+ -(?=\d)")
+# Not a number right behind a bracket: registers are indexed by constants.
 _NUMBER = re.compile(r"(?P<cast>\((?P<type>u?int\d+_t)\))?(?<![\w.\[])(?<!\+\+)(?P<value>-?\d+)(?![\w.])")
 _BOUND = re.compile(r" < (\d+); ")
-_FIXED = re.compile(r"\bacc\w*\[$")
 
 STRIDE = 256  # largest factor, and largest distance, between numbers that are taken for related
 
@@ -78,8 +79,6 @@ def _split(body: str) -> tuple[list[str], list[tuple[str, str]]]:
     body = _MINUS.sub(" + -", body)
     pieces, numbers, done = [], [], 0
     for match in _NUMBER.finditer(body):
-        if _FIXED.search(body, max(0, match.start() - 20), match.start()):
-            continue
         pieces.append(body[done : match.start()])
         numbers.append((match["type"] or "int32_t", match["value"]))
         done = match.end()
@@ -133,4 +132,4 @@ def _written(
     for column, piece in zip(columns, pieces[1:], strict=True):
         made += [terms.get(column) or _literal(*column[0]), piece]
     more = [f"{column[0][0]} c{at}" for at, column in enumerate(bases)]
-    return ", ".join([parameters, *more]), "".join(made)
+    return ", ".join([parameters, *more]), _PLUS.sub(" - ", "".join(made))

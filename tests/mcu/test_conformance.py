@@ -12,10 +12,15 @@ RIGHT = (
     *("cast_DOUBLE_to_FLOAT", "clip_example", "concat_2d_axis_0", "convtranspose_pads", "einsum_batch_matmul"),
     *("gather_negative_indices", "gemm_all_attributes", "hardmax_one_hot", "layer_normalization_2d_axis0"),
     *("maxpool_2d_dilations", "mod_mixed_sign_int32", "mod_float32_mixed_sign_fmod_0", "quantizelinear_axis"),
-    *("dropout_default_mask", "shape", "softmax_axis_0", "spacetodepth_crd_mode_example"),
+    *("dropout_default_mask", "isnan", "shape", "softmax_axis_0", "spacetodepth_crd_mode_example"),
     *("sce_mean", "transpose_all_permutations_3", "where_long_example", "attention_4d_causal"),
 )
-FIXED = ("reduce_sum_do_not_keepdims_random", "slice_neg_steps", "split_variable_parts_2d_opset18")
+FIXED = (
+    "reduce_max_bool_inputs",
+    "reduce_sum_do_not_keepdims_random",
+    "slice_neg_steps",
+    "split_variable_parts_2d_opset18",
+)
 REFUSED = {
     "nonmaxsuppression_suppress_by_IOU": "NonMaxSuppression",
     "string_concat": "StringConcat",

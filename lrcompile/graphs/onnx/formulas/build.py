@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from lrcompile.dataflow.expr import Load
 from lrcompile.dataflow.index import of
+from lrcompile.dataflow.program import ITEMSIZE
 from lrcompile.dataflow.stage import Formulas, Part, Stage, new_axes
 from lrcompile.errors import InvalidInputError, UnsupportedError
 from lrcompile.graphs.onnx.formulas import integer, linear, moving, pointwise, reducing
@@ -43,6 +44,9 @@ def build(model: ir.Model, shapes: Mapping[str, Sequence[int]] | None = None) ->
             _constant(builder, name, value.const_value.numpy())
     for node in graph:
         _node(builder, node, model)
+    for name, (_, dtype) in builder.formulas.inputs.items():  # after the nodes: an operator is the better reason
+        if dtype not in ITEMSIZE:
+            raise UnsupportedError(f"inputs of type {dtype} are not supported", where=name)
     builder.formulas.outputs = tuple(_output(builder, value) for value in graph.outputs)
     return builder.formulas.used()
 

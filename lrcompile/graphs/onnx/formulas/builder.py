@@ -95,6 +95,8 @@ class Builder:
 
     def at(self, tensor: str, index: Sequence[Sum]) -> Expr:
         """An element; of a constant that is one number, the number."""
+        if self.dtype(tensor) not in ITEMSIZE:
+            raise UnsupportedError(f"the type {self.dtype(tensor)} has no equivalent in C99", where=self._node)
         array = self.array(tensor)
         if array is not None and array.size == 1:
             return Const(array.reshape(-1)[0].item(), array.dtype.name)
@@ -144,6 +146,7 @@ class Builder:
 
     def define(self, value: str | None, shape: Shape, formula: Callable[[Index], Expr], hint: str = "") -> str:
         """A tensor without a reduction."""
+        self._check(shape)
         axes = new_axes(shape)
         index = tuple(map(of, axes))
         found = formula(index)
@@ -160,6 +163,7 @@ class Builder:
         hint: str = "",
     ) -> str:
         """A tensor whose elements combine ``body(index, inner index)`` over ``extents``."""
+        self._check(shape + extents)
         axes, inner = new_axes(shape), new_axes(extents)
         index = tuple(map(of, axes))
         combined = body(index, tuple(map(of, inner)))
@@ -189,11 +193,14 @@ class Builder:
             first += self.shape(piece)[axis]
         return self._add(value, "", shape, self.dtype(pieces[0]), tuple(parts))
 
+    def _check(self, shape: Shape) -> None:
+        if 0 in shape:
+            raise UnsupportedError(f"a tensor without elements: shape {shape}", where=self._node)
+
     def _add(self, value: str | None, hint: str, shape: Shape, dtype: str, parts: tuple[Part, ...]) -> str:
         if dtype not in ITEMSIZE:
             raise UnsupportedError(f"the type {dtype} has no equivalent in C99", where=self._node)
-        if 0 in shape:
-            raise UnsupportedError(f"a tensor without elements: shape {shape}", where=self._node)
+        self._check(shape)
         name = self.fresh(value or hint or f"{self._node}/value")
         self.formulas.stages[name] = Stage(name, shape, dtype, parts)
         self.alias(value, name)

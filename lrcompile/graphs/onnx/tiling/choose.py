@@ -95,7 +95,7 @@ class Chooser:
             self.grower.taken |= front[-1].region.members
             levels = self._levels(chosen)
         if not chosen:
-            choice.reason = choice.reason or "the shapes of its values depend on the data, so nothing is known of them"
+            choice.reason = choice.reason or "its values are constants, or their shapes depend on the data"
             return choice
         few = self._relaxed(list(chosen), fronts, max(max(levels, default=0) * SLACK, self.limit))
         choice.after = max(self._levels(few), default=0)

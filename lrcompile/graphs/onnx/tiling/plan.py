@@ -66,7 +66,7 @@ def tiled(model: ir.Model, sample: Inputs, *, limit: float = 0.0, most: int = 8)
             hint="convert the model to a later opset",
         )
     sizes, before = measured(model, sample), arena(model, sample)
-    share = limit if limit <= 1 else limit / before
+    share = limit if limit <= 1 else limit / max(before, 1)
     if share >= 1:
         return Tiling(None, (), before, before, f"{before:,} bytes at once are within the limit")
     base, parts = _ordered(model, sizes, sample, before)

@@ -214,7 +214,9 @@ def arena(model: ir.Model, inputs: Inputs) -> int:
         UnsupportedError: it does not run, or this version has no statistics.
     """
     steps = [event["args"] for event in _profiled(model.graph.clone(), model, inputs, plain=False)]
-    if not steps or _IN_USE not in steps[0]:
+    if not steps:
+        return 0
+    if _IN_USE not in steps[0]:
         raise UnsupportedError("this version of ONNX Runtime counts no memory", hint="upgrade onnxruntime")
     before = int(steps[0][_IN_USE]) - int(steps[0][_CHANGE])
     return max(int(step[_IN_USE]) for step in steps) - before
