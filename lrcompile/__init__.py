@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _FACE = {
     "optimize": "lrcompile.api",
     "plan": "lrcompile.api",
+    "to_program": "lrcompile.bridge",
     "save": "lrcompile.artifact",
     "load": "lrcompile.artifact",
     "refresh": "lrcompile.plans_state",
@@ -71,11 +72,13 @@ __all__ = [
     "plan",
     "refresh",
     "save",
+    "to_program",
 ]
 
 if TYPE_CHECKING:
     from lrcompile.api import optimize, plan
     from lrcompile.artifact import load, save
+    from lrcompile.bridge import to_program
     from lrcompile.budget import Budget
     from lrcompile.data import Batches
     from lrcompile.errors import LrcompileError

@@ -249,9 +249,9 @@ class _Titles:
 
     def _plain(self, piece: Piece) -> str:
         roots = [root for weight in piece.weights for root in self.constants.roots(weight)]
-        stems = [_stem(self._name(root, piece)) for root in dict.fromkeys(roots)]
+        stems = [stem(self._name(root, piece)) for root in dict.fromkeys(roots)]
         if len(stems) > 1:
-            return _common(stems) or stems[0]
+            return common(stems) or stems[0]
         whole = self.constants.value(roots[0])
         leaf = next((tensor for _, tensor in tensors(piece.operator) if tensor.is_floating_point()), whole)
         if leaf.numel() == whole.numel():
@@ -277,7 +277,7 @@ def _rows(part: Tensor, whole: Tensor) -> str:
     return f"rows_{start}_{start + len(part)}"
 
 
-def _stem(name: str) -> str:
+def stem(name: str) -> str:
     """``up.weight`` and ``mha.in_proj_weight`` without the last word; factors without their path in the expression."""
     before, mark, _ = name.partition(".factors.")
     if mark:
@@ -285,7 +285,8 @@ def _stem(name: str) -> str:
     return name.removesuffix("weight").rstrip("._") or name
 
 
-def _common(stems: Sequence[str]) -> str:
+def common(stems: Sequence[str]) -> str:
+    """The leading words that dotted names share."""
     parts = [stem.split(".") for stem in stems]
     shared = []
     for column in zip(*parts, strict=False):

@@ -34,7 +34,7 @@ def _from_weight(weight: ir.Value | None) -> str:
     if weight is None or (producer is not None and producer.op_type != "Constant"):
         return ""
     name = weight.name or ""
-    if not name or _GENERATED.search(name):
+    if is_generated(name):
         return ""
     return name.removesuffix(".weight")
 
@@ -57,6 +57,11 @@ def _from_node_name(name: str) -> str:
     if parts and parts[-1].split("_")[0] in _OPERATORS:
         parts = parts[:-1]
     return ".".join(parts)
+
+
+def is_generated(name: str) -> bool:
+    """Whether an exporter made the name up."""
+    return not name or _GENERATED.search(name) is not None
 
 
 def unique(name: str, taken: set[str], mark: str = "#") -> str:

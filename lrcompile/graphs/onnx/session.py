@@ -250,7 +250,7 @@ def runnable(array: np.ndarray) -> np.ndarray:
     """The array as ONNX Runtime and torch take it: contiguous, bfloat16 as float32."""
     if array.dtype == ml_dtypes.bfloat16:
         return array.astype(np.float32)
-    return np.ascontiguousarray(array)
+    return np.ascontiguousarray(array).reshape(array.shape)  # which turns a single number into a vector
 
 
 def _ort_value(array: np.ndarray) -> onnxruntime.OrtValue:

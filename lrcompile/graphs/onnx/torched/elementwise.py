@@ -160,7 +160,7 @@ def _dropout(node: ir.Node, x: Tensor, *_: Tensor | None) -> Tensor:
 def _cumsum(node: ir.Node, x: Tensor, axis: Tensor) -> Tensor:
     if node.attributes.get_int("exclusive", 0) or node.attributes.get_int("reverse", 0):
         raise NotImplementedError("CumSum, exclusive or reverse")
-    return torch.cumsum(x, int(axis), dtype=x.dtype)
+    return torch.cumsum(x, ints(axis)[0], dtype=x.dtype)
 
 
 @rule("ArgMax")

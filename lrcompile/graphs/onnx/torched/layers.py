@@ -21,10 +21,13 @@ def _matmul(node: ir.Node, a: Tensor, b: Tensor) -> Tensor:
 
 @rule("Gemm")
 def _gemm(node: ir.Node, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
-    left = a.T if node.attributes.get_int("transA", 0) else a
-    right = b.T if node.attributes.get_int("transB", 0) else b
-    result = left @ right * node.attributes.get_float("alpha", 1.0)
-    return result if c is None else result + c * node.attributes.get_float("beta", 1.0)
+    alpha, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
+    left, turned = a.T if node.attributes.get_int("transA", 0) else a, bool(node.attributes.get_int("transB", 0))
+    if turned and alpha == beta == 1.0 and (c is None or c.shape == b.shape[:1]):
+        return F.linear(left, b, c)
+    right = b.T if turned else b
+    result = left @ right if alpha == 1.0 else left @ right * alpha
+    return result if c is None else result + (c if beta == 1.0 else c * beta)
 
 
 @rule("Einsum")
@@ -57,11 +60,14 @@ def _padded(node: ir.Node, x: Tensor, kernel: list[int], value: float = 0.0) -> 
 @rule("Conv")
 def _conv(node: ir.Node, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     spatial = x.ndim - 2
-    x = _padded(node, x, list(weight.shape[2:]))
+    pads = list(node.attributes.get_ints("pads", [0] * 2 * spatial))
+    even = node.attributes.get_string("auto_pad", "NOTSET") == "NOTSET" and pads[:spatial] == pads[spatial:]
+    x = x if even else _padded(node, x, list(weight.shape[2:]))
+    around = tuple(pads[:spatial]) if even else 0
     strides = node.attributes.get_ints("strides", [1] * spatial)
     dilations = node.attributes.get_ints("dilations", [1] * spatial)
     convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[spatial]
-    return convolve(x, weight, bias, tuple(strides), 0, tuple(dilations), node.attributes.get_int("group", 1))
+    return convolve(x, weight, bias, tuple(strides), around, tuple(dilations), node.attributes.get_int("group", 1))
 
 
 @rule("AveragePool")
@@ -112,6 +118,8 @@ def _log_softmax(node: ir.Node, x: Tensor) -> Tensor:
 @rule("LayerNormalization")
 def _layer_norm(node: ir.Node, x: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     axis = node.attributes.get_int("axis", -1) % x.ndim
+    if scale.shape == x.shape[axis:]:
+        return F.layer_norm(x, x.shape[axis:], scale, bias, node.attributes.get_float("epsilon", 1e-5))
     normal = F.layer_norm(x, x.shape[axis:], eps=node.attributes.get_float("epsilon", 1e-5)) * scale
     return normal if bias is None else normal + bias
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
+from math import prod
+from typing import Any
+
 import onnx_ir as ir
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lrcompile.graphs.onnx.tensors import to_torch
-from lrcompile.graphs.onnx.torched.table import ints, rule, wide
+from lrcompile.graphs.onnx.torched.table import filling, ints, rule, wide
+
+_FAR = 2**31 - 1
 
 
 @rule("Shape")
@@ -37,11 +41,8 @@ def _constant(node: ir.Node) -> Tensor:
 
 @rule("ConstantOfShape")
 def _filled(node: ir.Node, shape: Tensor) -> Tensor:
-    value = node.attributes.get("value")
-    if value is None:
-        return torch.zeros(ints(shape))
-    item = wide(to_torch(value.as_tensor())).reshape(())
-    return item.expand(ints(shape)).clone()
+    number, dtype = filling(node)
+    return torch.full(ints(shape), number, dtype=dtype)
 
 
 @rule("Reshape")
@@ -56,7 +57,7 @@ def _reshape(node: ir.Node, x: Tensor, shape: Tensor) -> Tensor:
 def _flatten(node: ir.Node, x: Tensor) -> Tensor:
     axis = node.attributes.get_int("axis", 1)
     axis = axis + x.ndim if axis < 0 else axis
-    return x.reshape(int(np.prod(x.shape[:axis])), -1)
+    return x.reshape(prod(x.shape[:axis]), prod(x.shape[axis:]))
 
 
 @rule("Transpose")
@@ -104,6 +105,11 @@ def _split(node: ir.Node, x: Tensor, sizes: Tensor | None = None) -> tuple[Tenso
     return x.split(given, axis)
 
 
+def _near(end: Any) -> Any:
+    """An end of a slice as a number of 32 bits: exporters write the largest there is for "all", and torch warns."""
+    return max(min(end, _FAR), -_FAR) if isinstance(end, int) else end
+
+
 @rule("Slice")
 def _slice(
     node: ir.Node, x: Tensor, starts: Tensor | None = None, ends: Tensor | None = None,
@@ -114,10 +120,10 @@ def _slice(
     chosen = ints(axes) if axes is not None else list(node.attributes.get_ints("axes", range(len(first))))
     strides = ints(steps) or [1] * len(first)
     for axis, start, end, step in zip(chosen, first, last, strides, strict=True):
-        where = range(x.shape[axis])[slice(start, end, step)]
-        if step == 1:
-            x = x.narrow(axis, where.start if len(where) else 0, len(where))
+        if step > 0:
+            x = x[(slice(None),) * (axis % x.ndim) + (slice(_near(start), _near(end), step),)]
         else:
+            where = range(x.shape[axis])[slice(start, end, step)]
             x = x.index_select(axis, torch.tensor(list(where), dtype=torch.int64))
     return x
 
@@ -127,7 +133,7 @@ def _gather(node: ir.Node, x: Tensor, indices: Tensor) -> Tensor:
     axis = node.attributes.get_int("axis", 0) % max(x.ndim, 1)
     wrapped = torch.where(indices < 0, indices + x.shape[axis], indices)
     found = x.index_select(axis, wrapped.reshape(-1))
-    return found.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return found.reshape((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
 
 
 @rule("GatherElements")
@@ -173,7 +179,7 @@ def _range(node: ir.Node, start: Tensor, limit: Tensor, delta: Tensor) -> Tensor
 
 @rule("Trilu")
 def _trilu(node: ir.Node, x: Tensor, k: Tensor | None = None) -> Tensor:
-    diagonal = 0 if k is None else int(k)
+    diagonal = 0 if k is None else ints(k)[0]
     return torch.triu(x, diagonal) if node.attributes.get_int("upper", 1) else torch.tril(x, diagonal)
 
 
@@ -186,12 +192,13 @@ def _nonzero(node: ir.Node, x: Tensor) -> Tensor:
 def _topk(node: ir.Node, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     axis, largest = node.attributes.get_int("axis", -1), bool(node.attributes.get_int("largest", 1))
     found = torch.sort(x, dim=axis, descending=largest, stable=True)  # of equal values the first counts
-    return found.values.narrow(axis, 0, int(k)), found.indices.narrow(axis, 0, int(k))
+    (count,) = ints(k)
+    return found.values.narrow(axis, 0, count), found.indices.narrow(axis, 0, count)
 
 
 @rule("OneHot")
 def _one_hot(node: ir.Node, indices: Tensor, depth: Tensor, values: Tensor) -> Tensor:
-    count, axis = int(depth), node.attributes.get_int("axis", -1)
+    (count,), axis = ints(depth), node.attributes.get_int("axis", -1)
     inside = ((indices >= -count) & (indices < count)).unsqueeze(-1)
     found = (F.one_hot(indices.long() % count, count).bool() & inside).movedim(-1, axis)
     return torch.where(found, values[1], values[0])

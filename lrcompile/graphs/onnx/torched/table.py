@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -46,9 +47,19 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def ints(value: Tensor | None) -> list[int]:
-    """A tensor of integers as a list."""
-    return [] if value is None else [int(item) for item in value.reshape(-1).tolist()]
+def filling(node: ir.Node) -> tuple[Any, torch.dtype]:
+    """What a ConstantOfShape node fills a tensor with, and its type."""
+    value = node.attributes.get("value")
+    if value is None:
+        return 0.0, torch.float32
+    tensor = value.as_tensor()
+    return tensor.numpy().reshape(-1)[0].item(), dtype_of(tensor.dtype)
+
+
+def ints(value: Tensor | np.ndarray | None) -> list[Any]:
+    """A tensor of integers as a list; an array of sizes may hold free ones."""
+    found = [] if value is None else value.reshape(-1).tolist()
+    return [item if isinstance(item, torch.SymInt) else int(item) for item in found]
 
 
 def wide(tensor: Tensor) -> Tensor:
