@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lrcompile.data import InputSpec, castable
-from lrcompile.errors import InvalidInputError, UsageError, nearest
+from lrcompile.errors import InvalidInputError, UnsupportedError, UsageError, nearest
 from lrcompile.feeds import feeds
 from lrcompile.frontend import open_graph
+from lrcompile.graphs.base import Graph
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -46,7 +47,14 @@ def to_program(model: Any, sample: Any = None) -> ExportedProgram:
         raise UsageError(f"a graph of kind {graph.kind} is no ONNX model", hint="torch.export exports an nn.Module")
     plain = OnnxRuntime().finished(graph) if graph.replacements else graph
     assert isinstance(plain, OnnxGraph)
-    return exported(plain, _batch(plain.input_specs, sample) if _named(sample) else feeds(plain, sample))
+    return exported(plain, _batch(plain.input_specs, sample) if _named(sample) else _feeds(plain, sample))
+
+
+def _feeds(graph: Graph, sample: Any) -> dict[str, np.ndarray]:
+    try:
+        return feeds(graph, sample)
+    except UnsupportedError as error:
+        raise UnsupportedError(error.message, where=error.where, hint="give sample=, arrays by input") from error
 
 
 def _named(sample: Any) -> bool:

@@ -322,6 +322,29 @@ def test_odd_names_are_made_fit():
     assert sites(program)[0][0] == sites(proto)[0][0] == "block.fc"
 
 
+def test_a_size_that_is_a_sum_of_others_stays_free():
+    graph = helper.make_graph(
+        [helper.make_node("Concat", ["past", "x"], ["all"], axis=1), helper.make_node("Mul", ["all", "mask"], ["y"])],
+        "g",
+        [
+            helper.make_tensor_value_info(name, 1, ["n", size])
+            for name, size in {"x": "new", "past": "old", "mask": "old + new"}.items()
+        ],
+        [helper.make_tensor_value_info("y", 1, ["n", "old + new"])],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+    def feeds(samples: int, new: int, old: int) -> dict[str, np.ndarray]:
+        sizes = {"x": new, "past": old, "mask": old + new}
+        return {name: np.random.default_rng(0).random((samples, size), np.float32) for name, size in sizes.items()}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LrcompileWarning)
+        program = to_program(proto, feeds(2, 1, 4))
+    for sizes in ((2, 1, 4), (3, 3, 3), (1, 2, 9)):
+        agree(program, proto, feeds(*sizes))
+
+
 def test_only_onnx_models_are_taken():
     with pytest.raises(UsageError, match="no ONNX model"):
         to_program(nn.Linear(2, 2))
