@@ -92,7 +92,7 @@ def _gemm(b: Builder, node: ir.Node) -> None:
     alpha, beta = number(node, "alpha", 1.0), number(node, "beta", 1.0)
     one, two = b.shape(x)[:: -1 if flip[0] else 1], b.shape(y)[:: -1 if flip[1] else 1]
 
-    few = None if flip[0] else sparse(b, y, flip[1])
+    few = None if flip[0] else sparse(b, y, bool(flip[1]))
 
     def element(i: Index, inner: Index) -> Expr:
         if few is not None:
