@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,16 +39,16 @@ class Child:
 def run(arguments: Sequence[str]) -> Child:
     """Runs ``python -m …`` and watches its memory fifty times a second."""
     start = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", *arguments], stdout=subprocess.PIPE, text=True)
     peak = tree = 0
-    out: list[str] = []
-    while process.poll() is None:
-        sizes = [_resident(pid) for pid in _tree(process.pid)]
-        peak, tree = max(peak, _high(process.pid)), max(tree, sum(sizes))
-        time.sleep(POLL)
-    assert process.stdout is not None
-    out.append(process.stdout.read())
-    return Child(time.monotonic() - start, peak, tree, "".join(out), process.returncode)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as out:  # a pipe that nobody empties would stop it
+        process = subprocess.Popen([sys.executable, "-m", *arguments], stdout=out, text=True)
+        while process.poll() is None:
+            sizes = [_resident(pid) for pid in _tree(process.pid)]
+            peak, tree = max(peak, _high(process.pid)), max(tree, sum(sizes))
+            time.sleep(POLL)
+        seconds = time.monotonic() - start
+        out.seek(0)
+        return Child(seconds, peak, tree, out.read(), process.returncode)
 
 
 def _tree(pid: int) -> list[int]:
