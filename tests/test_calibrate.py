@@ -228,3 +228,15 @@ def test_packed_moments_are_the_same_and_can_grow():
     packed.pack()
     torch.testing.assert_close(packed.merge(whole).gram, 2 * whole.gram)
     torch.testing.assert_close(Moments.from_tensors(packed.tensors()).gram, whole.gram)
+
+
+def test_a_mask_over_a_cache_gives_the_part_of_the_tokens():
+    mask = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    past = torch.zeros(2, 4, 3, 8)
+    found = token_mask({"attention_mask": mask, "input_ids": torch.zeros(2, 2, dtype=torch.int64), "past": past})
+    assert found is not None
+    assert torch.equal(found, mask.bool()[:, 3:])
+    for others in ({"kind": torch.zeros(2, 2, dtype=torch.int64)}, {"past": past}):  # ids alone, a cache alone
+        whole = token_mask({"attention_mask": mask, **others})
+        assert whole is not None
+        assert torch.equal(whole, mask.bool())
