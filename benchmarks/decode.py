@@ -48,9 +48,9 @@ Keep counts values of the 210 decoder linears; their calibration is that of the 
 `quantize_dynamic` (weights per channel, MatMul only), int4 `MatMulNBitsQuantizer` with blocks of 32 and accuracy level
 4. Both tools take weights that are constants: SmolLM2's head is its transposed embedding, which they leave in
 float32. "Head too": `quant_pre_process` first folds the transpose, so that the head becomes a constant and is
-quantised, while the embedding stays beside it. The GGUF file is Q4_1, head and embedding included, and all weights
-here come from it: they lie on a grid of four bits, so int4 with the same blocks loses less here than on other models;
-the table `degridded` shows the model off its grid."""
+quantised, while the embedding stays beside it. int8 and int4 round activations too, as they run. The GGUF file is
+Q4_1, head and embedding included, and all weights here come from it: they lie on its grid of four bits, which flatters
+rows of few bits, llama.cpp's most of all, which loses nothing; the table `degridded` shows int4 off the grid."""
 
 
 @dataclass(eq=False)

@@ -86,3 +86,17 @@ def test_made_up_inputs_follow_sums_of_sizes(file: Path):
     plain = sample_inputs(graph)
     assert plain is not None
     assert plain["attention_mask"].shape[1] == plain["input_ids"].shape[1] + plain[tiny_llama.PAST[0]].shape[2]
+
+
+def test_the_timed_loop_generates_what_plain_runs_do(file: Path):
+    from benchmarks.decode_child import OnnxRuntime, loop, score
+
+    prompt = ids(1, 9, seed=5)
+    known, session = prompt, FileSession(str(file))
+    for _ in range(6):
+        logits = session.run(tiny_llama.fed(known))[smollm2.OUTPUT]
+        known = np.concatenate([known, logits[:, -1:].argmax(-1)], 1)
+    runtime = OnnxRuntime(str(file), 1, 0)
+    assert loop(runtime, prompt[0], 5)["tokens"] == known[0, 9:].tolist()
+    expected = smollm2.surprisals(lambda batch: session.run(tiny_llama.fed(batch["input_ids"])), known)
+    np.testing.assert_allclose(score(runtime, known)["losses"], expected, rtol=1e-5)
