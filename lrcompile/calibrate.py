@@ -160,12 +160,25 @@ class Moments:
 
 
 def token_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """The (batch, tokens) padding mask among a model's inputs, if there is one."""
+    """The (batch, tokens) padding mask among a model's inputs, if there is one.
+
+    A decoder's mask covers its cache as well, (batch, past + tokens): the part of the tokens is taken.
+    """
     for name in MASK_NAMES:
         mask = inputs.get(name)
         if mask is not None and mask.ndim == 2:
-            return mask.bool()
+            return mask.bool()[:, _past(mask, inputs) :]
     return None
+
+
+def _past(mask: Tensor, inputs: Mapping[str, Tensor]) -> int:
+    """Columns of the mask that stand for a cache: some ids are so much shorter, and a float input has that size."""
+    ids = [each for each in inputs.values() if each.ndim == 2 and len(each) == len(mask) and each is not mask]
+    lengths = {each.shape[1] for each in ids if not each.is_floating_point()}
+    if mask.shape[1] in lengths:
+        return 0
+    sizes = {n for each in inputs.values() if each.ndim > 2 and each.is_floating_point() for n in each.shape[1:]}
+    return next((mask.shape[1] - length for length in sorted(lengths) if mask.shape[1] - length in sizes), 0)
 
 
 def token_rows(value: Tensor, mask: Tensor | None, *, channel_axis: int = -1) -> Tensor:

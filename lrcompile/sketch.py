@@ -69,7 +69,8 @@ def direction(
     generator = torch.Generator().manual_seed(seed)
     logits = token_logits(outputs, inputs)
     if logits is not None and logits.requires_grad:
-        return _likelihood(logits if mask is None else logits[mask.to(logits.device)], generator), True
+        fits = mask is not None and mask.shape == logits.shape[:2]
+        return _likelihood(logits[mask.to(logits.device)] if mask is not None and fits else logits, generator), True
     return _change(outputs, mask, generator), False
 
 

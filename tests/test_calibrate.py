@@ -233,3 +233,15 @@ def test_half_a_matrix_is_held_and_can_grow(channels: int):
     torch.testing.assert_close(Moments.from_tensors(parts.tensors()).gram, whole.gram)
     given = Moments(whole.gram, whole.total, whole.absolute, whole.absmax)
     assert torch.equal(given.half, whole.half)
+
+
+def test_a_mask_over_a_cache_gives_the_part_of_the_tokens():
+    mask = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    past = torch.zeros(2, 4, 3, 8)
+    found = token_mask({"attention_mask": mask, "input_ids": torch.zeros(2, 2, dtype=torch.int64), "past": past})
+    assert found is not None
+    assert torch.equal(found, mask.bool()[:, 3:])
+    for others in ({"kind": torch.zeros(2, 2, dtype=torch.int64)}, {"past": past}):  # ids alone, a cache alone
+        whole = token_mask({"attention_mask": mask, **others})
+        assert whole is not None
+        assert torch.equal(whole, mask.bool())
