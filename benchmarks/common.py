@@ -15,7 +15,7 @@ from lrcompile.backends.onnxruntime import OnnxRuntime
 from lrcompile.data import Batches
 from lrcompile.files import AtomicSet
 from lrcompile.graphs.onnx.graph import OnnxGraph
-from lrcompile.planning import Settings, statistics
+from lrcompile.planning import Settings, importance, statistics
 from lrcompile.progress import Progress
 from lrcompile.report import machine, versions
 from lrcompile.rewrite import Context
@@ -81,8 +81,10 @@ def uniform(dense: Path, each: LowRank, keep: float, data: Batches, settings: Se
     """Writes the model with each site at the largest rank that keeps at most ``keep`` of its values: what papers do."""
     graph = OnnxGraph.load(dense)
     sites = [site for site in graph.linear_sites() if not site.frozen]
-    moments = statistics(graph, sites, data.check(graph.input_specs), settings, Progress())
-    context = Context(graph, moments, align=1)  # no value of the budget is left to rounding
+    checked = data.check(graph.input_specs)
+    moments = statistics(graph, sites, checked, settings, Progress())
+    gradients = importance(graph, sites, checked if each.two_sided else None, settings, Progress())[0].moments
+    context = Context(graph, moments, align=1, gradients=gradients)  # no value of the budget is left to rounding
     for site in sites:
         whole = site.shape[0] * site.shape[1]
         chosen = [p for p in each.proposals(site, context) if p.cost.parameters <= keep * whole][-1].by[site.name]

@@ -25,8 +25,6 @@ from lrcompile.sites import LinearSite
 from lrcompile.zoo import exported, smollm2, texts
 
 KEEPS = (0.8, 0.9, 0.6)
-ABLATED = 0.8
-"""The budget at which each ingredient is left out."""
 PUBLISHED = LowRank(center=False, two_sided=False, gauge=False, shrink=0.0, damp=0.0)
 """SVD-LLM (arXiv 2403.07378): whitened by the bare second moments, uniform ranks."""
 OURS = LowRank(center=False, two_sided=False, gauge=False)
@@ -87,8 +85,8 @@ def _made(dense: Path) -> Iterator[Row]:
         path = _path(name, keep)
         return _row(f"{name}, uniform ranks", lambda: uniform(dense, each, keep, data, settings, path), keep)
 
-    def ours(name: str, each: LowRank, keep: float) -> Row:
-        return _row(name, lambda: _ours(dense, each, keep, data, settings, _path(name, keep)), keep)
+    def chosen(name: str, each: LowRank, keep: float) -> Row:
+        return _row(name, lambda: ours(dense, each, keep, data, settings, _path(name, keep)), keep)
 
     def zeros(method: str, keep: float) -> Row:
         path = _path(method, keep)
@@ -100,27 +98,12 @@ def _made(dense: Path) -> Iterator[Row]:
 
     for keep in KEEPS:
         yield flat(_PUBLISHED, PUBLISHED, keep)
-        yield ours("lrcompile", LowRank(), keep)
+        yield chosen("lrcompile", LowRank(), keep)
         yield flat("SVD-LLM shrunk and damped", OURS, keep)
     yield _row("int8 weights, a scale for each row", lambda: _int8(dense))
     for keep in KEEPS[1:]:
         for method in METHODS:
             yield zeros(method, keep)
-    for name, each in _LEFT_OUT.items():
-        yield ours(f"lrcompile without {name}", each, ABLATED)
-    for name, each in _OLDER.items():
-        yield flat(name, each, ABLATED)
-
-
-_LEFT_OUT = {
-    "identity gauge": LowRank(gauge=False),
-    "output side": LowRank(two_sided=False),
-    "shrinkage": LowRank(shrink=0.0),
-}
-_OLDER = {
-    "plain SVD": LowRank(metric="plain", gauge=False),
-    "ASVD's metric": LowRank(metric="diagonal", gauge=False),
-}
 
 
 def _path(name: str, keep: float) -> Path:
@@ -133,7 +116,7 @@ def _row(name: str, make, keep: float | None = None) -> Row:
     return Row(name, path, keep, time.monotonic() - start)
 
 
-def _ours(dense: Path, each: LowRank, keep: float, data: Batches, settings: Settings, out: Path) -> Path:
+def ours(dense: Path, each: LowRank, keep: float, data: Batches, settings: Settings, out: Path) -> Path:
     options = Options(max_drift=9.0, force=True, latency=False, settings=settings)
     held = smollm2.evaluation(3, 64)  # only for the gate, which is kept out of the way
     budget = Budget(keep=keep)
@@ -210,14 +193,14 @@ def _line(row: Row, dense: Row, published: Row | None) -> list[object]:
     sample = {"input_ids": smollm2.evaluation(3, 512)[0]["input_ids"][:1]}
     np.savez(feeds, **sample)  # pyright: ignore[reportArgumentType]
     domains = row.loss.reshape(len(texts.EVALUATION), -1).mean(1)
-    kept = "—" if row.method is None else _kept(row.path, dense.path)
-    kept = kept if row.keep is None else f"{row.keep:.4f}"
+    share_kept = "—" if row.method is None else kept(row.path, dense.path)
+    share_kept = share_kept if row.keep is None else f"{row.keep:.4f}"
     size = row.size or row.path.stat().st_size
     macs = OnnxGraph.load(row.path).macs(sample) / OnnxGraph.load(dense.path).macs(sample)
     share = "—" if published is None or row is published else _share(row, dense, published)
     peak = measure.peak_memory(row.path, feeds) or 0
     timings = [_ratio([dense.path, row.path], feeds, threads) for threads in (1, 2)]
-    return [row.name, kept, *(f"{math.exp(value):.2f}" for value in domains),
+    return [row.name, share_kept, *(f"{math.exp(value):.2f}" for value in domains),
             f"{math.exp(row.loss.mean() - dense.loss.mean()):.3f}", share, f"{row.divergence:.4f}",
             f"{row.agreement:.1%}",
             f"{size / 2**20:.1f}", f"{macs:.3f}", *timings, f"{peak / 2**20:.0f}",
@@ -229,6 +212,6 @@ def _ratio(files: list[Path], feeds: Path, threads: int) -> str:
     return "—" if timing is None else f"{timing.ratio:.3f} [{timing.low:.3f}, {timing.high:.3f}]"
 
 
-def _kept(path: Path, dense: Path) -> str:
+def kept(path: Path, dense: Path) -> str:
     before, after = OnnxGraph.load(dense), OnnxGraph.load(path)
     return f"{1 - (before.parameters - after.parameters) / smollm2.LINEARS:.4f}"
