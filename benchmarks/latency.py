@@ -1,13 +1,19 @@
 """Latency budgets: what they reach, and how well a plan's latency is predicted.
 
-``LRCOMPILE_LATENCY_MODELS=minilm,smollm2 python -m benchmarks latency``: any model of the zoo that takes ``input_ids``.
+``LRCOMPILE_LATENCY="minilm*,smollm2-1x512-t1" python -m benchmarks latency``: patterns choose settings, by default all.
+A setting's rows are kept in the cache folder as soon as they are there, and the table shows all settings that the same
+code measured on the same machine, so that runs may be short.
 """
 
 from __future__ import annotations
 
+import fnmatch
+import hashlib
+import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +28,15 @@ from lrcompile.feeds import feeds, stored
 from lrcompile.files import AtomicSet, sha256
 from lrcompile.graphs.onnx.graph import OnnxGraph
 from lrcompile.planning import Settings
+from lrcompile.report import machine, versions
 
-BATCHES = {"minilm": ((1, 128), (16, 128)), "smollm2": ((1, 512),)}
+BATCHES = (("minilm", 1, 128, 0), ("minilm", 16, 128, 0), ("smollm2", 1, 512, 0), ("smollm2_cached", 1, 1, 128))
+"""Models, samples, tokens of each, and tokens that its cache holds already."""
 THREADS = (1, 2)
 TARGETS = (0.8, 0.6)
 PLANS = (0.95, 0.85, 0.75, 0.65, 0.55)
+SAMPLES = 20
+"""Calibration samples: few, since prices and times do not depend on them."""
 SECONDS = float(os.environ.get("LRCOMPILE_LATENCY_SECONDS", "4"))
 _HEAD = """`--latency R` chooses ranks and forms by measured prices, measures the file that it made, and corrects the
 prices where that misses R by more than 5 %. Each row is one file, measured again afterwards in a new process, in turns
@@ -45,45 +55,90 @@ class Setting:
     model: str
     samples: int
     tokens: int
+    past: int
     threads: int
 
     @property
     def label(self) -> str:
-        return f"{self.model}, {self.samples}×{self.tokens} tokens, {self.threads} thread{'s'[: self.threads > 1]}"
+        after = f" after {self.past}" if self.past else ""
+        threads = f"{self.threads} thread{'s'[: self.threads > 1]}"
+        return f"{self.model}, {self.samples}×{self.tokens} tokens{after}, {threads}"
+
+    @property
+    def key(self) -> str:
+        """Its name for patterns and files."""
+        return f"{self.batch}-t{self.threads}"
+
+    @property
+    def batch(self) -> str:
+        """The name of what is fed."""
+        return f"{self.model}-{self.samples}x{self.tokens}" + (f"+{self.past}" if self.past else "")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """What is fed, by input and free size."""
+        return {"input_ids": (self.samples, self.tokens)} | ({"past": (self.past,)} if self.past else {})
+
+
+SETTINGS = tuple(Setting(*batch, threads) for batch in BATCHES for threads in THREADS)
 
 
 def main() -> None:
-    """Measures every setting of the chosen models."""
-    WORK.mkdir(parents=True, exist_ok=True)
-    chosen = os.environ.get("LRCOMPILE_LATENCY_MODELS", "minilm").split(",")
-    reached, predicted = [], []
-    for name in chosen:
-        for samples, tokens in BATCHES.get(name, ((1, 128),)):
-            for threads in THREADS:
-                one = Setting(name, samples, tokens, threads)
-                found, plans = _measured(one)
-                reached += found
-                predicted += plans
-                _write(reached, predicted)
+    """Measures the chosen settings, one by one; the table is written after each."""
+    (WORK / "latency").mkdir(parents=True, exist_ok=True)
+    patterns = os.environ.get("LRCOMPILE_LATENCY", "*").split(",")
+    chosen = [one for one in SETTINGS if any(fnmatch.fnmatchcase(one.key, pattern) for pattern in patterns)]
+    if not chosen:
+        raise SystemExit(f"no setting fits; they are {', '.join(one.key for one in SETTINGS)}")
+    made = {"code": _code(), **machine(), **versions()}
+    for one in chosen:
+        start = time.monotonic()
+        reached, predicted = _measured(one)
+        kept = {"made": made, "setting": asdict(one), "reached": reached, "predicted": predicted}
+        (WORK / "latency" / f"{one.key}.json").write_text(json.dumps(kept), encoding="utf-8")
+        print(f"{one.key}: {time.monotonic() - start:.0f} s", flush=True)
+        _write(made)
 
 
-def _write(reached: Sequence[Sequence[object]], predicted: Sequence[Sequence[object]]) -> None:
-    errors = sorted(abs(float(str(row[3]))) for row in predicted)
-    p90 = errors[min(round(0.9 * len(errors)), len(errors) - 1)] if errors else float("nan")
+def _code() -> str:
+    """A digest of everything that these figures depend on in this project."""
+    folders = ("lrcompile", "passes", "backends", "models_zoo")
+    root = Path(__file__).parent.parent
+    files = sorted({path.resolve() for folder in folders for path in (root / folder).rglob("*.py")})
+    return hashlib.sha256(b"".join(file.read_bytes() for file in [*files, Path(__file__)])).hexdigest()[:12]
+
+
+def _write(made: Mapping[str, object]) -> None:
+    found = []
+    for one in SETTINGS:
+        path = WORK / "latency" / f"{one.key}.json"
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if kept.get("made") == json.loads(json.dumps(made)):
+            found.append(kept)
+    reached, predicted = ([row for kept in found for row in kept[part]] for part in ("reached", "predicted"))
     slower = sum(float(str(row[2]).split(" ")[0]) > 1 for row in [*reached, *predicted] if row[2] != "—")
-    summary = f"Error, 90 % of {len(errors)} plans: {100 * p90:.1f} %. Plans or results slower than dense: {slower}."
+    ours = [(kept["setting"]["model"], row) for kept in found for row in kept["predicted"]]
+    groups = {"all": ours, **{name: [pair for pair in ours if pair[0] == name] for name, *_ in BATCHES}}
+    said = "; ".join(f"{name} {_error([row for _, row in rows])}" for name, rows in groups.items() if rows)
+    summary = f"Error of 90 % of the plans: {said}. Plans or results slower than dense: {slower}."
     write("latency", "Latency budgets", [
         _HEAD, table(("setting", "target", "measured", "by the run itself", "SHA-256"), reached),
         _PREDICTED.format(low=min(PLANS), high=max(PLANS)),
         table(("setting", "predicted", "measured", "error"), predicted), summary])  # fmt: skip
 
 
+def _error(predicted: Sequence[Sequence[object]]) -> str:
+    errors = sorted(abs(float(str(row[3]))) for row in predicted)
+    return f"{100 * errors[-(-9 * len(errors) // 10) - 1]:.1f} % of {len(errors)}"
+
+
 def _measured(one: Setting) -> tuple[list[list[object]], list[list[object]]]:
     dense = zoo.exported(one.model)
     graph = OnnxGraph.load(dense)
-    batch = feeds(graph, None, {"input_ids": (one.samples, one.tokens)})
-    path = stored(batch, WORK / f"latency-{one.model}-{one.samples}x{one.tokens}.npz")
-    data = zoo.load(one.model).calibration()[::5]
+    path = stored(feeds(graph, None, one.shapes), WORK / f"latency-{one.batch}.npz")
+    del graph
+    whole = zoo.load(one.model).calibration()
+    data = whole[:: max(len(whole) * len(whole[0]["input_ids"]) // SAMPLES, 1)]
     reached = [_reached(one, dense, data, path, target) for target in TARGETS]
     return reached, list(_predictions(one, dense, data, path))
 

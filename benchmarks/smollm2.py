@@ -134,13 +134,14 @@ def _int8(dense: Path) -> Path:
     graph = OnnxGraph.load(dense)
     for site in graph.linear_sites():
         if not site.frozen:
-            graph.replace(site, _rounded(site))
+            graph.replace(site, rounded(site))
     with AtomicSet(WORK / "smollm2-int8.onnx", force=True) as files:
         OnnxRuntime().build(graph, out=files)
     return files.target
 
 
-def _rounded(site: LinearSite) -> LinearOperator:
+def rounded(site: LinearSite) -> LinearOperator:
+    """The site's weight as int8, symmetric, with a scale for each row."""
     weight = densify(site.operator).float()
     scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
     return Quantized((weight / scale).round().to(torch.int8), scale, None, group=weight.shape[1])

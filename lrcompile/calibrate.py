@@ -19,6 +19,8 @@ MASK_NAMES = ("attention_mask", "input_mask", "padding_mask", "mask")
 
 TOGETHER = 512
 """Vectors that a Gram matrix takes at once."""
+ENOUGH = 128
+"""As many it takes as they come: a buffer for each of some hundred values would be large."""
 
 
 @dataclass(eq=False)
@@ -34,50 +36,46 @@ class Moments:
         seen: number of vectors that the site multiplied, where not all went in.
     """
 
-    _gram: Tensor
+    _gram: Tensor | None  # (n, n), where it was given as a whole
     total: Tensor
     absolute: Tensor
     absmax: Tensor
     tokens: int = 0
     samples: int = 0
     seen: int = 0
-    _half: bool = False  # only the lower triangle of the Gram matrix is up to date
-    _packed: Tensor | None = None  # that triangle, row by row, in the place of the matrix
+    _half: Tensor | None = None  # one triangle in rectangular full packed form, in the place of the matrix
 
     @property
     def gram(self) -> Tensor:
-        """``Σ x xᵀ``, (n, n) float32; made anew on every access to packed moments."""
-        if self._packed is not None:
-            return self._unpacked()
-        if self._half:
-            self._mirror()
-        return self._gram
+        """``Σ x xᵀ``, (n, n) float32; made anew on every access where half of it is held."""
+        if self._gram is not None:
+            return self._gram
+        from scipy.linalg.lapack import stfttr  # pyright: ignore[reportAttributeAccessIssue] - made at import
 
-    def pack(self) -> None:
-        """Keeps half of the Gram matrix only, until more vectors come."""
-        if self._packed is None:
-            self._packed = self._gram[_triangle(self.channels)]
-            self._gram, self._half = torch.empty(0, 0), False
+        assert self._half is not None
+        full, _ = stfttr(self.channels, self._half.numpy(), uplo="L")
+        upper = torch.from_numpy(full.T).triu_()  # columns come first in what LAPACK returns
+        return upper.add_(upper.triu(1).T)
 
-    def _unpacked(self) -> Tensor:
-        assert self._packed is not None
-        full = torch.zeros(self.channels, self.channels, dtype=self._packed.dtype)
-        full.masked_scatter_(_triangle(self.channels), self._packed)
-        return full + full.tril(-1).T
+    @property
+    def half(self) -> Tensor:
+        """(n (n + 1) / 2,) float32: the lower triangle in LAPACK's rectangular full packed form."""
+        if self._half is not None:
+            return self._half
+        from scipy.linalg.lapack import strttf  # pyright: ignore[reportAttributeAccessIssue] - made at import
+
+        assert self._gram is not None
+        return torch.from_numpy(strttf(self._gram.float().numpy(), uplo="L")[0])
 
     @classmethod
     def zeros(cls, channels: int) -> Moments:
         """Empty moments of a value with ``channels`` channels."""
         total, absolute, absmax = (torch.zeros(channels) for _ in range(3))
-        return cls(torch.zeros(channels, channels), total, absolute, absmax)
+        return cls(None, total, absolute, absmax, _half=torch.zeros(channels * (channels + 1) // 2))
 
     @property
     def channels(self) -> int:
         return len(self.total)
-
-    def _mirror(self) -> None:
-        self._gram = self._gram.tril() + self._gram.tril(-1).T
-        self._half = False
 
     def update(self, rows: Tensor, samples: int = 0, *, spend: bool = False) -> None:
         """Adds vectors ``rows`` (tokens, n); ``spend`` allows their memory to be written over.
@@ -86,8 +84,6 @@ class Moments:
             InvalidInputError: a vector, or its square, is NaN or infinite.
         """
         rows = rows.detach().to("cpu", torch.float32).contiguous()
-        if self._packed is not None:
-            self._gram, self._packed = self._unpacked(), None
         self._accumulate(rows)
         ones = torch.ones(len(rows))
         self.total = self.total + ones @ rows  # not in place: these may be tensors of inference mode
@@ -97,31 +93,33 @@ class Moments:
             self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
         self.tokens += len(rows)
         self.samples += samples
-        if not torch.isfinite(self._gram.diagonal()).all() or not torch.isfinite(self.absolute).all():
+        largest = float(self.absmax.max()) if self.channels else 0.0
+        if not torch.isfinite(self.absolute).all() or largest * largest * self.tokens > torch.finfo(torch.float32).max:
             raise InvalidInputError("the calibration data makes this value NaN or infinite")
 
     def _accumulate(self, rows: Tensor) -> None:
-        """Adds ``rowsᵀ rows`` to the lower triangle: half the work of a full product.
+        """Adds ``rowsᵀ rows`` in place: half the work and half the memory of a full product.
 
-        BLAS counts columns first, so both arrays are handed over as their transposes, in place.
+        LAPACK counts columns first, so the rows are handed over as their transpose.
         """
-        from scipy.linalg.blas import ssyrk  # pyright: ignore[reportAttributeAccessIssue] - made at import
+        from scipy.linalg.lapack import ssfrk  # pyright: ignore[reportAttributeAccessIssue] - made at import
 
-        if len(rows):
-            sums = ssyrk(1.0, rows.numpy().T, beta=1.0, c=self._gram.numpy().T, lower=0, overwrite_c=1)
-            self._gram = torch.from_numpy(sums.T)  # the same memory, unless its layout asked for a copy
-            self._half = True
+        if rows.numel():
+            tokens, channels = rows.shape
+            sums = ssfrk(channels, tokens, 1.0, rows.numpy().T, 1.0, self.half.numpy(), uplo="L", overwrite_c=1)
+            self._gram, self._half = None, torch.from_numpy(sums)  # the same memory
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets of vectors."""
         return Moments(
-            self.gram + other.gram,
+            None,
             self.total + other.total,
             self.absolute + other.absolute,
             torch.maximum(self.absmax, other.absmax),
             self.tokens + other.tokens,
             self.samples + other.samples,
             self.multiplied + other.multiplied,
+            self.half + other.half,
         )
 
     @property
@@ -146,7 +144,7 @@ class Moments:
         """Everything as tensors, for storage."""
         counts = torch.tensor([self.tokens, self.samples, self.seen])
         return {
-            "gram": self.gram,
+            "half": self.half,
             "total": self.total,
             "absolute": self.absolute,
             "absmax": self.absmax,
@@ -155,24 +153,32 @@ class Moments:
 
     @classmethod
     def from_tensors(cls, stored: Mapping[str, Tensor]) -> Moments:
-        """The inverse of :meth:`tensors`."""
+        """The inverse of :meth:`tensors`; ``gram`` (n, n) may stand in the place of ``half``."""
         tokens, samples, seen = (int(count) for count in stored["counts"])
-        vectors = (stored[name].contiguous() for name in ("total", "absolute", "absmax"))
-        return cls(stored["gram"], *vectors, tokens=tokens, samples=samples, seen=seen)
-
-
-def _triangle(size: int) -> Tensor:
-    """(size, size) bool: the lower triangle with the diagonal."""
-    return torch.ones(size, size, dtype=torch.bool).tril()
+        total, absolute, absmax = (stored[name].contiguous() for name in ("total", "absolute", "absmax"))
+        return cls(stored.get("gram"), total, absolute, absmax, tokens, samples, seen, stored.get("half"))
 
 
 def token_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """The (batch, tokens) padding mask among a model's inputs, if there is one."""
+    """The (batch, tokens) padding mask among a model's inputs, if there is one.
+
+    A decoder's mask covers its cache as well, (batch, past + tokens): the part of the tokens is taken.
+    """
     for name in MASK_NAMES:
         mask = inputs.get(name)
         if mask is not None and mask.ndim == 2:
-            return mask.bool()
+            return mask.bool()[:, _past(mask, inputs) :]
     return None
+
+
+def _past(mask: Tensor, inputs: Mapping[str, Tensor]) -> int:
+    """Columns of the mask that stand for a cache: some ids are so much shorter, and a float input has that size."""
+    ids = [each for each in inputs.values() if each.ndim == 2 and len(each) == len(mask) and each is not mask]
+    lengths = {each.shape[1] for each in ids if not each.is_floating_point()}
+    if mask.shape[1] in lengths:
+        return 0
+    sizes = {n for each in inputs.values() if each.ndim > 2 and each.is_floating_point() for n in each.shape[1:]}
+    return next((mask.shape[1] - length for length in sorted(lengths) if mask.shape[1] - length in sizes), 0)
 
 
 def token_rows(value: Tensor, mask: Tensor | None, *, channel_axis: int = -1) -> Tensor:
@@ -189,7 +195,7 @@ def token_rows(value: Tensor, mask: Tensor | None, *, channel_axis: int = -1) ->
 class Collector:
     """Moments of many values at once.
 
-    Vectors wait in a buffer until there are enough of them: a Gram matrix takes one large product in a fraction
+    Few vectors wait in a buffer until there are enough of them: a Gram matrix takes one large product in a fraction
     of the time of many small ones. They are copied there, so that what a run returned is free at once.
 
     Args:
@@ -217,34 +223,42 @@ class Collector:
             return
         if name not in self._moments:
             self._moments[name] = Moments.zeros(rows.shape[-1])
-            self._buffers[name] = torch.empty(TOGETHER, rows.shape[-1])
-            self._waiting[name] = 0
         self._moments[name].samples += samples
         self._moments[name].seen += len(rows) if seen is None else seen
-        for part in rows.split(TOGETHER):
-            if self._waiting[name] + len(part) > TOGETHER:
-                self._flush(name)
-            begin = self._waiting[name]
-            self._buffers[name][begin : begin + len(part)] = part.detach()
-            self._waiting[name] = begin + len(part)
+        for part in rows.detach().split(TOGETHER):
+            if len(part) >= ENOUGH:
+                self._update(name, part)
+            else:
+                self._wait(name, part)
+
+    def _wait(self, name: str, rows: Tensor) -> None:
+        if self._waiting.get(name, 0) + len(rows) > TOGETHER:
+            self._flush(name)
+        if name not in self._buffers:
+            self._buffers[name], self._waiting[name] = torch.empty(TOGETHER, rows.shape[-1]), 0
+        begin = self._waiting[name]
+        self._buffers[name][begin : begin + len(rows)] = rows
+        self._waiting[name] = begin + len(rows)
 
     @property
     def moments(self) -> dict[str, Moments]:
-        """Everything so far, packed, by name.
+        """Everything so far, by name.
 
         Raises:
             InvalidInputError: as for :meth:`add`.
         """
         for name in self._waiting:
             self._flush(name)
-            self._moments[name].pack()
         return self._moments
 
     def _flush(self, name: str) -> None:
         rows = self._buffers[name][: self._waiting[name]]
         self._waiting[name] = 0
+        self._update(name, rows, spend=True)
+
+    def _update(self, name: str, rows: Tensor, *, spend: bool = False) -> None:
         try:
-            self._moments[name].update(rows, spend=True)
+            self._moments[name].update(rows, spend=spend)
         except InvalidInputError as error:
             raise InvalidInputError(error.message, where=name, hint="look for extreme values in its inputs") from None
 
@@ -259,7 +273,7 @@ def groups(sizes: Mapping[str, int], limit: int) -> Iterable[list[str]]:
     group: list[str] = []
     used = 0
     for name, channels in sizes.items():
-        need = 4 * channels * channels if limit else 0
+        need = 2 * channels * (channels + 1) if limit else 0
         if group and used + need > limit:
             yield group
             group, used = [], 0

@@ -100,7 +100,7 @@ def statistics(
     if data is None or not sites:
         return {}
     inputs = ",".join(sorted({site.input for site in sites}))
-    name = cache.key("moments/3", graph.fingerprint(), data.sha256, inputs, str(settings.max_tokens))
+    name = cache.key("moments/4", graph.fingerprint(), data.sha256, inputs, str(settings.max_tokens))
     stored = cache.load(name, settings.cache)
     if stored is not None:
         return cache.unpack(*stored)
@@ -119,7 +119,7 @@ def importance(
         return Importance({}), []
     names = ",".join(site.name for site in sites)
     amounts = f"{settings.gradient_samples} {settings.seed}"
-    name = cache.key("gradients/2", graph.fingerprint(), data.sha256, names, amounts)
+    name = cache.key("gradients/3", graph.fingerprint(), data.sha256, names, amounts)
     stored = cache.load(name, settings.cache)
     if stored is not None:
         return Importance(cache.unpack(*stored), "tokens" in stored[1]), []
@@ -164,6 +164,7 @@ def plan(
     sites, left = _refreeze(graph, sites, left)
     gradients, told = importance(graph, sites, data, settings, tell)
     context = Context(graph, moments, align=settings.align, seed=settings.seed, gradients=gradients.moments, notes=told)
+    release(now=True)
     tell("decomposing")
     offers = {site.name: _offers(site, passes, context) for site in sites}
     release(now=True)

@@ -86,8 +86,8 @@ class _Writer:
         for key, moments in found.items():
             keys.setdefault(id(moments), []).append(key)
         for index, names in enumerate(keys.values()):
-            stored = found[names[0]].tensors()
-            gram = stored.pop("gram")
+            stored, gram = found[names[0]].tensors(), found[names[0]].gram
+            del stored["half"]
             rows, columns = torch.tril_indices(*gram.shape).unbind()
             self.held[f"{kind}.{index}.gram"] = gram[rows, columns]
             self.held.update({f"{kind}.{index}.{name}": value for name, value in stored.items()})

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
-from lrcompile.calibrate import MASK_NAMES
+from lrcompile.calibrate import MASK_NAMES, token_mask
 from lrcompile.data import InputSpec
 from lrcompile.errors import LrcompileError, UsageError, nearest
 from lrcompile.graphs.base import Graph, Inputs
@@ -77,8 +78,13 @@ def _array(spec: InputSpec, sizes: dict[str, int], generator: np.random.Generato
 
 
 def _size(dimension: int | str | None, axis: int, sizes: dict[str, int]) -> int:
+    """The size of a dimension; sums, such as ``past + sequence``, follow from their parts."""
     if isinstance(dimension, int):
         return dimension
+    if dimension and dimension not in sizes and "+" in dimension:
+        return sum(
+            int(part) if part.isdigit() else _size(part, axis, sizes) for part in map(str.strip, dimension.split("+"))
+        )
     default = 2 if axis == 0 else _FREE
     return sizes.setdefault(dimension, default) if dimension else default
 
@@ -119,9 +125,9 @@ class Thinned:
 
 
 def _tokens(batch: Inputs) -> int:
-    for name in MASK_NAMES:
-        if name in batch and batch[name].ndim == 2:
-            return int(np.count_nonzero(batch[name]))
+    mask = token_mask({k: torch.from_numpy(np.asarray(a)) for k, a in batch.items() if a.dtype.kind in "fiub"})
+    if mask is not None:
+        return int(mask.sum())
     sizes = (array.shape[0] * (array.shape[1] if array.ndim == 2 and array.dtype.kind in "iu" else 1)
              for array in batch.values() if array.ndim)  # fmt: skip
     return max(sizes, default=1)

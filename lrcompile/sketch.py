@@ -19,6 +19,8 @@ from lrcompile.errors import UnsupportedError
 
 WIDE = 4096
 """An output of so many channels, all token ids below it, is taken for logits whatever its name."""
+DRAWN = 32
+"""Tokens whose labels are drawn at once: sums over a vocabulary are in float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +56,8 @@ def direction(
     """A random scalar of the outputs, and whether it is a log-likelihood of tokens.
 
     The scalar is ⟨v, y / ‖y‖⟩, summed over the float outputs y: its squared gradient is a squared *relative* change.
-    Of token logits it is the log-likelihood of sampled tokens over the root of their number: its squared gradient
-    is twice a mean KL divergence.
+    Of token logits it is the log-likelihood of sampled tokens over the root of their number (to first order): its
+    squared gradient is twice a mean KL divergence.
 
     Args:
         mask: (batch, tokens); outputs of padding count nothing.
@@ -67,18 +69,29 @@ def direction(
     generator = torch.Generator().manual_seed(seed)
     logits = token_logits(outputs, inputs)
     if logits is not None and logits.requires_grad:
-        return _likelihood(logits if mask is None else logits[mask.to(logits.device)], generator), True
+        fits = mask is not None and mask.shape == logits.shape[:2]
+        return _likelihood(logits[mask.to(logits.device)] if mask is not None and fits else logits, generator), True
     return _change(outputs, mask, generator), False
 
 
 def _likelihood(logits: Tensor, generator: torch.Generator) -> Tensor:
-    rows = logits.reshape(-1, logits.shape[-1]).float()  # (tokens, vocabulary)
+    rows = logits.reshape(-1, logits.shape[-1])  # (tokens, vocabulary)
     noise = torch.rand(len(rows), 1, generator=generator, dtype=torch.float64)
-    with torch.no_grad():
-        sums = rows.detach().softmax(-1).double().cumsum_(-1).cpu()
-        drawn = torch.searchsorted(sums, noise * sums[:, -1:]).clamp_(max=rows.shape[-1] - 1).to(rows.device)
-    chosen = rows.gather(1, drawn)[:, 0] - rows.logsumexp(-1)
-    return chosen.sum() / max(len(rows), 1) ** 0.5
+    with torch.no_grad():  # the derivative is known: nothing of the vocabulary's size is kept for it twice
+        slopes = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+        for start in range(0, len(rows), DRAWN):
+            part = slice(start, start + DRAWN)
+            slopes[part] = _slopes(rows[part].detach().float(), noise[part])
+        slopes /= max(len(rows), 1) ** 0.5
+    return torch.dot(rows.flatten(), slopes.to(rows).flatten())
+
+
+def _slopes(logits: Tensor, noise: Tensor) -> Tensor:
+    """Derivatives of the log-likelihoods of ids drawn from the distributions, one for each number in 0..1."""
+    odds = logits.softmax(-1)
+    sums = odds.double().cumsum_(-1).cpu()
+    drawn = torch.searchsorted(sums, noise * sums[:, -1:]).clamp_(max=logits.shape[-1] - 1).to(logits.device)
+    return odds.neg_().scatter_add_(1, drawn, torch.ones_like(odds[:, :1]))
 
 
 def _change(outputs: Mapping[str, Tensor], mask: Tensor | None, generator: torch.Generator) -> Tensor:

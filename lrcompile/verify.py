@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrcompile.calibrate import MASK_NAMES, token_mask
+from lrcompile.calibrate import token_mask
 from lrcompile.errors import GateError, UsageError
 from lrcompile.graphs.base import Inputs, Outputs
 from lrcompile.memory import release
@@ -103,8 +103,7 @@ class DriftMeter:
         Raises:
             GateError: an output is missing or has another shape.
         """
-        masks = {name: torch.from_numpy(inputs[name] != 0) for name in MASK_NAMES if name in inputs}
-        mask = token_mask(masks)
+        mask = token_mask({k: torch.from_numpy(a) for k, a in inputs.items() if a.dtype.kind in "fiub"})
         for name, before in reference.items():
             after = candidate.get(name)
             if after is None or after.shape != before.shape:

@@ -51,7 +51,7 @@ def test_streaming_equals_one_batch(sizes: list[int], channels: int):
 
 
 def test_reading_in_between_changes_nothing():
-    """The Gram matrix is held as a triangle until somebody looks."""
+    """Half of the Gram matrix is held; whoever looks gets all of it."""
     moments = Moments.zeros(6)
     for seed in range(4):
         moments.update(rows(9, seed=seed))
@@ -88,9 +88,9 @@ def test_rows_in_any_layout_and_mode():
     moments.update(values.clone().requires_grad_(), samples=1)
     equal(moments, collected(values, values, values))
     turned = collected(values)
-    turned._gram = turned.gram.T  # a layout that BLAS has to copy
-    turned.update(values, samples=1)
-    equal(turned, collected(values, values))
+    given = Moments(turned.gram.T, turned.total, turned.absolute, turned.absmax, turned.tokens, turned.samples)
+    given.update(values, samples=1)  # given as a whole, in another layout
+    equal(given, collected(values, values))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
@@ -157,12 +157,16 @@ def test_an_image_is_a_row_of_channels_for_every_pixel():
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(st.text("abc", min_size=1, max_size=4), st.integers(1, 64)), st.integers(1, 40_000))
 def test_groups_fit_the_memory(sizes: dict[str, int], limit: int):
+
+    def held(channels: int) -> int:
+        return Moments.zeros(channels).half.nbytes
+
     found = list(groups(sizes, limit))
     assert [name for group in found for name in group] == list(sizes)
     for group in found:
-        assert len(group) == 1 or sum(4 * sizes[name] ** 2 for name in group) <= limit
+        assert len(group) == 1 or sum(held(sizes[name]) for name in group) <= limit
     for group, following in itertools.pairwise(found):
-        assert sum(4 * sizes[name] ** 2 for name in (*group, following[0])) > limit
+        assert sum(held(sizes[name]) for name in (*group, following[0])) > limit
 
 
 def test_moments_survive_the_cache(tmp_path: Path):
@@ -213,18 +217,31 @@ def test_keys_tell_parts_apart():
     assert np.all([len(key) == 32 for key in keys])
 
 
-def test_packed_moments_are_the_same_and_can_grow():
-    rows = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
-    whole, packed = Moments.zeros(7), Moments.zeros(7)
+@pytest.mark.parametrize("channels", [1, 2, 7, 64])
+def test_half_a_matrix_is_held_and_can_grow(channels: int):
+    rows = torch.randn(50, channels, generator=torch.Generator().manual_seed(0))
+    whole, parts = Moments.zeros(channels), Moments.zeros(channels)
     whole.update(rows)
-    packed.update(rows[:20])
-    packed.pack()
-    packed.pack()
-    before = packed.gram
-    assert packed._gram.numel() == 0 and packed.channels == 7
-    assert torch.equal(before, before.T)
-    packed.update(rows[20:])
-    torch.testing.assert_close(packed.gram, whole.gram)
-    packed.pack()
-    torch.testing.assert_close(packed.merge(whole).gram, 2 * whole.gram)
-    torch.testing.assert_close(Moments.from_tensors(packed.tensors()).gram, whole.gram)
+    parts.update(rows[:20])
+    assert torch.equal(parts.gram, parts.gram.T) and parts.channels == channels
+    place = parts.half.data_ptr()
+    parts.update(rows[20:])
+    assert parts.half.numel() == channels * (channels + 1) // 2 and parts.half.data_ptr() == place
+    torch.testing.assert_close(whole.gram, rows.T @ rows, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(parts.gram, whole.gram)
+    torch.testing.assert_close(parts.merge(whole).gram, 2 * whole.gram)
+    torch.testing.assert_close(Moments.from_tensors(parts.tensors()).gram, whole.gram)
+    given = Moments(whole.gram, whole.total, whole.absolute, whole.absmax)
+    assert torch.equal(given.half, whole.half)
+
+
+def test_a_mask_over_a_cache_gives_the_part_of_the_tokens():
+    mask = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    past = torch.zeros(2, 4, 3, 8)
+    found = token_mask({"attention_mask": mask, "input_ids": torch.zeros(2, 2, dtype=torch.int64), "past": past})
+    assert found is not None
+    assert torch.equal(found, mask.bool()[:, 3:])
+    for others in ({"kind": torch.zeros(2, 2, dtype=torch.int64)}, {"past": past}):  # ids alone, a cache alone
+        whole = token_mask({"attention_mask": mask, **others})
+        assert whole is not None
+        assert torch.equal(whole, mask.bool())

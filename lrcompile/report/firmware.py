@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from typing import Any
 
-from lrcompile.report.html import POLICY, rows_table
+from lrcompile.report.document import document, section
+from lrcompile.report.html import rows_table
 from lrcompile.report.svg import Markup, label, line, picture, rect, tag
 
 _WIDE, _HIGH, _LEFT, _TOP = 900.0, 260.0, 64.0, 10.0
@@ -14,30 +14,15 @@ _SHADES = 8
 
 def page(fields: dict[str, Any]) -> str:
     """The whole page, from the fields of ``report.json``."""
-    style = resources.files("lrcompile.report").joinpath("page.css").read_text(encoding="utf-8")
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", f"lrcompile deploy {fields['model']}"),
-        tag("style", Markup(style)),
-    )
-    body = tag(
-        "main",
+    over_time = tag("div", _arena(fields), class_="scroll")
+    return document(
+        f"lrcompile deploy {fields['model']}",
         _header(fields),
-        _section("Bytes", _sizes(fields)),
-        _section(
-            "Arena over time", tag("p", _told(fields), class_="hint"), tag("div", _arena(fields), class_="scroll")
-        ),
-        _section("Kernels in the order of execution", _kernels(fields)),
-        _section("Functions", _functions(fields)),
+        section("Bytes", _sizes(fields)),
+        section("Arena over time", over_time, hint=_told(fields)),
+        section("Kernels in the order of execution", _kernels(fields)),
+        section("Functions", _functions(fields)),
     )
-    return f"<!DOCTYPE html>\n{tag('html', head, tag('body', body), lang='en')}\n"
-
-
-def _section(title: str, *children: object) -> Markup:
-    return tag("section", tag("h2", title), *children)
 
 
 def _header(fields: dict[str, Any]) -> Markup:

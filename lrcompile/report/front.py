@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import resources
 from typing import Any
 
-from lrcompile.report.html import POLICY, rows_table
+from lrcompile.report.document import document, section
+from lrcompile.report.html import rows_table
 from lrcompile.report.svg import Markup, label, line, path, picture, tag
 
 AXES = (("flash", "flash, B"), ("ram", "RAM, B"), ("instructions", "instructions"))
@@ -15,25 +15,10 @@ _WIDE, _HIGH, _LEFT, _TOP = 290.0, 220.0, 52.0, 14.0
 
 def page(fields: dict[str, Any]) -> str:
     """The whole page, from the fields of the verb's JSON object."""
-    style = resources.files("lrcompile.report").joinpath("page.css").read_text(encoding="utf-8")
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", f"lrcompile search {fields['model']}"),
-        tag("style", Markup(style)),
-    )
     ran = [each for each in fields["candidates"] if not each["reason"]]
     charts = [_chart(ran, key, title, _limit(fields, key)) for key, title in AXES]
-    body = tag(
-        "main", _header(fields), _section("Pareto front", _legend(), *charts), _section("Candidates", _table(fields))
-    )
-    return f"<!DOCTYPE html>\n{tag('html', head, tag('body', body), lang='en')}\n"
-
-
-def _section(title: str, *children: object) -> Markup:
-    return tag("section", tag("h2", title), *children)
+    parts = section("Pareto front", _legend(), *charts), section("Candidates", _table(fields))
+    return document(f"lrcompile search {fields['model']}", _header(fields), *parts)
 
 
 def _header(fields: dict[str, Any]) -> Markup:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from importlib import resources
 from typing import Any
 
 from lrcompile.report import charts
+from lrcompile.report.document import document, section
 from lrcompile.report.record import Decision, FileInfo, Report, jsonable
 from lrcompile.report.summary import (
     Row,
@@ -27,34 +27,17 @@ from lrcompile.report.text import human_bytes, human_float, human_seconds, shape
 SPECTRA = 24
 DECISIONS = 2000
 _GOOD = {"ok": "good", "unchanged": "calm", "gate_failed": "bad", "infeasible": "warn"}
-# Even if escaping failed somewhere, the page could neither run nor load anything.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
 def page(report: Report) -> str:
     """The whole page."""
-    style = resources.files("lrcompile.report").joinpath("page.css").read_text(encoding="utf-8")
     name = report.input.path if report.input else ""
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", f"lrcompile {report.verb} {_base(name)}"),
-        tag("style", Markup(style)),
-    )
-    sections = (_header, _tiles, _comparison, _budget, _ranks, _spectra, _drift, _decisions, _passes, _memory, _origin)
-    body = tag("main", *(section(report) for section in sections))
-    return f"<!DOCTYPE html>\n{tag('html', head, tag('body', body), lang='en')}\n"
+    parts = (_header, _tiles, _comparison, _budget, _ranks, _spectra, _drift, _decisions, _passes, _memory, _origin)
+    return document(f"lrcompile {report.verb} {_base(name)}", *(part(report) for part in parts))
 
 
 def _base(path: str) -> str:
     return path.replace("\\", "/").rstrip("/").rpartition("/")[2]
-
-
-def _section(title: str, *children: object, hint: object = None) -> Markup:
-    return tag("section", tag("h2", title), tag("p", hint, class_="hint") if hint else None, *children)
 
 
 def rows_table(
@@ -145,14 +128,14 @@ def _comparison(report: Report) -> Markup | None:
     hint = "The pale track is the model before. The whisker on the latency is the measured interval of its ratio."
     measured = any(row.interval for row in rows)
     table = rows_table(("", "before", after, "change", ""), cells, (1, 2, 3), "compare")
-    return _section("Before and after", table, hint=hint if measured else None)
+    return section("Before and after", table, hint=hint if measured else None)
 
 
 def _budget(report: Report) -> Markup | None:
     if not report.budget:
         return None
     verdict = {True: "All limits hold.", False: "No plan holds all limits; this is the best found.", None: None}
-    return _section(
+    return section(
         "Budget",
         rows_table(("limit", "asked", "reached"), budget_rows(report), (1, 2), "narrow"),
         hint=verdict[report.feasible],
@@ -169,7 +152,7 @@ def _ranks(report: Report) -> Markup | None:
     more = len(report.decisions) - charts.BARS
     hint = f"The first {charts.BARS} sites; {more} more are in the table below." if more > 0 else None
     chart = tag("div", charts.keep_bars(report.decisions), class_="scroll tall")
-    return _section("Kept per layer", tag("div", *keys, class_="legend"), chart, hint=hint)
+    return section("Kept per layer", tag("div", *keys, class_="legend"), chart, hint=hint)
 
 
 def _spectra(report: Report) -> Markup | None:
@@ -187,7 +170,7 @@ def _spectra(report: Report) -> Markup | None:
     )
     if len(chosen) < len(report.spectra):
         hint += f" {len(chosen)} of {len(report.spectra)} layers, evenly chosen."
-    return _section("Spectra", tag("div", *cells, class_="grid-of"), hint=hint)
+    return section("Spectra", tag("div", *cells, class_="grid-of"), hint=hint)
 
 
 def _shade(rank: int | None) -> str:
@@ -211,7 +194,7 @@ def _drift(report: Report) -> Markup | None:
         hint += f" · calibrated with {report.calibration.kind}"
         if report.calibration.samples is not None:
             hint += f", {report.calibration.samples} samples"
-    return _section("Drift", rows_table(("measure", "value", ""), rows, (1,), "compare"), hint=hint)
+    return section("Drift", rows_table(("measure", "value", ""), rows, (1,), "compare"), hint=hint)
 
 
 def _decisions(report: Report) -> Markup | None:
@@ -221,7 +204,7 @@ def _decisions(report: Report) -> Markup | None:
     table = rows_table(headings, (_decision(each) for each in report.decisions[:DECISIONS]), (4, 5, 6), "decisions")
     more = len(report.decisions) - DECISIONS
     hint = f"The first {DECISIONS}; {more} more are in the JSON report." if more > 0 else None
-    return _section("Decisions", tag("div", table, class_="tall"), hint=hint)
+    return section("Decisions", tag("div", table, class_="tall"), hint=hint)
 
 
 def _decision(each: Decision) -> tuple[object, ...]:
@@ -244,13 +227,13 @@ def _passes(report: Report) -> Markup | None:
         )
         for each in report.passes
     ]
-    return _section("Passes", rows_table(("pass", "promise", "rewritten", "refused", "time", ""), rows, (2, 3, 4)))
+    return section("Passes", rows_table(("pass", "promise", "rewritten", "refused", "time", ""), rows, (2, 3, 4)))
 
 
 def _memory(report: Report) -> Markup | None:
     if len(report.memory) < 2:
         return None
-    return _section("Memory over time", tag("div", charts.memory_curve(report.memory), class_="scroll"))
+    return section("Memory over time", tag("div", charts.memory_curve(report.memory), class_="scroll"))
 
 
 def _origin(report: Report) -> Markup | None:
@@ -262,7 +245,7 @@ def _origin(report: Report) -> Markup | None:
         config = tag("pre", *(_config_line(text) for text in lines))
     if known is None and config is None:
         return None
-    return _section("How to get this again", known, config)
+    return section("How to get this again", known, config)
 
 
 def _config_line(line: str) -> Markup:

@@ -57,11 +57,12 @@ def _rows(run: TorchRun, piece: Inputs, roots: Mapping[str, Sequence[Match]], se
     pairs = [(name, match) for name, found in roots.items() for match in found]
     with torch.enable_grad():
         outputs, taps = run(piece, [str(match.root.name) for _, match in pairs])
-        values = [taps[str(match.root.name)] for _, match in pairs]
+        places = [taps[str(match.root.name)] for _, match in pairs]
         scalar, tokens = direction(outputs, tensors_of(piece), mask, seed)
-        gradients = torch.autograd.grad(scalar, values, allow_unused=True)
+        del outputs
+        gradients = torch.autograd.grad(scalar, [place.edge for place in places], allow_unused=True)
     rows = []
-    for (name, match), value, gradient in zip(pairs, values, gradients, strict=True):
-        whole = torch.zeros_like(value) if gradient is None else gradient
+    for (name, match), place, gradient in zip(pairs, places, gradients, strict=True):
+        whole = torch.zeros(place.shape) if gradient is None else gradient
         rows.append((name, token_rows(whole.detach(), mask, channel_axis=-1 if match.axis == 0 else match.axis)))
     return rows, tokens

@@ -143,8 +143,11 @@ class Cutter:
         mask = next((piece[name] for name in MASK_NAMES if name in piece and piece[name].ndim == 2), None)
         if mask is None or self.lengths or not mask.any():
             return piece
+        tokens = token_mask(tensors_of(piece))
+        if tokens is None or tokens.shape != mask.shape:  # columns before these are of a cache
+            return piece
         length = int(np.flatnonzero(mask.any(axis=0))[-1]) + 1
-        return {k: a[:, :length] if a.shape[:2] == mask.shape else a for k, a in piece.items()}
+        return {k: a[:, :length] if a.ndim < 4 and a.shape[:2] == mask.shape else a for k, a in piece.items()}
 
     def learn(self, piece: Inputs, nbytes: int) -> None:
         """Sets the size of the next pieces by what this one gave."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -53,9 +53,15 @@ def execution(graph: ir.Graph, readers: Readers) -> list[ir.Node]:
                 if user in reads:
                     reads[user].add(node)
                     read.add(node)
-    stack = [(node, False) for node in place if node not in read]
+    starts = [node for node in place if node not in read]
+    return depth_first(starts, {node: sorted(found, key=place.__getitem__) for node, found in reads.items()})
+
+
+def depth_first(starts: Iterable[ir.Node], reads: Mapping[ir.Node, Sequence[ir.Node]]) -> list[ir.Node]:
+    """Every node after all that it reads: of the starts the last one first, of what a node reads likewise."""
+    stack = [(node, False) for node in starts]
     done: set[ir.Node] = set()
-    order = []
+    order: list[ir.Node] = []
     while stack:
         node, leave = stack.pop()
         if leave:
@@ -63,7 +69,7 @@ def execution(graph: ir.Graph, readers: Readers) -> list[ir.Node]:
         elif node not in done:
             done.add(node)
             stack.append((node, True))
-            stack.extend((each, False) for each in sorted(reads[node], key=place.__getitem__) if each not in done)
+            stack.extend((each, False) for each in reads[node] if each not in done)
     return order
 
 

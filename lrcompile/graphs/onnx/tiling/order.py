@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lrcompile.graphs.onnx.tiling.memory import Lives, Readers, execution
+from lrcompile.graphs.onnx.tiling.memory import Lives, Readers, depth_first, execution
 from lrcompile.graphs.onnx.tiling.sizes import Sizes
 
 
@@ -37,18 +37,8 @@ def _order(graph: ir.Graph, sizes: Sizes, readers: Readers) -> list[ir.Node]:
                     reads[user].append(node)
     gain = _gains(reads, sizes)
     sinks = [node for node in place if not any(readers.of(value) for value in node.outputs)]
-    found: list[ir.Node] = []
-    done: set[ir.Node] = set()
-    stack = [(node, False) for node in reversed(sinks)]
-    while stack:
-        node, leave = stack.pop()
-        if leave:
-            found.append(node)
-        elif node not in done:
-            done.add(node)
-            stack.append((node, True))
-            stack.extend((each, False) for each in sorted(reads[node], key=lambda each: (-gain[each], place[each])))
-    return found
+    chosen = {node: sorted(found, key=lambda each: (-gain[each], place[each])) for node, found in reads.items()}
+    return depth_first(reversed(sinks), chosen)
 
 
 def _gains(reads: dict[ir.Node, list[ir.Node]], sizes: Sizes) -> dict[ir.Node, int]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
+import torch
 from onnx_ir.passes.common import InlinePass
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lrcompile.errors import UnsupportedError
 from lrcompile.graphs.base import Inputs
@@ -19,6 +21,18 @@ from lrcompile.graphs.onnx.torched.table import RULES, wide
 
 FLAT_SOFTMAX = 13
 """Before this version of the operator set a softmax took all axes from its own on as one."""
+
+
+class Tap(NamedTuple):
+    """A place that gradients reach; the value there is free as soon as nothing reads it."""
+
+    edge: GradientEdge
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, value: Tensor) -> Tap:
+        """The place of a value that has a gradient."""
+        return cls(get_gradient_edge(value), value.shape)
 
 
 class TorchRun:
@@ -42,14 +56,17 @@ class TorchRun:
                 self._constants[name] = wide(to_torch(tensor))
         self._last = _last_uses(graph, set(self._outputs) | self._constants.keys())
 
-    def __call__(self, feeds: Inputs, taps: Sequence[str] = ()) -> tuple[dict, dict[str, Tensor]]:
-        """Outputs and tapped values by name; gradients reach every tapped value.
+    def __call__(self, feeds: Inputs, taps: Sequence[str] = ()) -> tuple[dict, dict[str, Tap]]:
+        """Outputs, and the places to differentiate by, both by name.
+
+        Args:
+            taps: names of values.
 
         Raises:
             UnsupportedError: an operator is used in a way that is not covered; names the node.
         """
         wanted = set(taps)
-        found: dict[str, Tensor] = {}
+        found: dict[str, Tap] = {}
         odd = next((name for name, array in feeds.items() if array.dtype.kind not in "fiub"), None)
         if odd is not None:
             raise UnsupportedError("torch computes nothing with this type", where=odd)
@@ -64,7 +81,8 @@ class TorchRun:
             for value, result in zip(node.outputs, results, strict=False):
                 name = str(value.name)
                 if name in wanted:
-                    found[name] = result = result if result.requires_grad else result.detach().requires_grad_()
+                    result = result if result.requires_grad else result.detach().requires_grad_()
+                    found[name] = Tap.of(result)
                 values[name] = result
             for name in self._last.get(node, ()):
                 values.pop(name, None)
