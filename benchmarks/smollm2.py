@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import WORK, table, uniform, write
+from benchmarks.saes import saes
 from benchmarks.sparse import METHODS, density, pruned
 from lrcompile import Budget, LowRank, Options, measure, optimize
 from lrcompile.backends.onnxruntime import OnnxRuntime
@@ -88,6 +89,9 @@ def _made(dense: Path) -> Iterator[Row]:
     def chosen(name: str, each: LowRank, keep: float) -> Row:
         return _row(name, lambda: ours(dense, each, keep, data, settings, _path(name, keep)), keep)
 
+    def anchored(keep: float) -> Row:
+        return _row("SAES-SVD, uniform ranks", lambda: saes(dense, keep, _path("SAES-SVD", keep)), keep)
+
     def zeros(method: str, keep: float) -> Row:
         path = _path(method, keep)
         row = _row(
@@ -100,6 +104,7 @@ def _made(dense: Path) -> Iterator[Row]:
         yield flat(_PUBLISHED, PUBLISHED, keep)
         yield chosen("lrcompile", LowRank(), keep)
         yield flat("SVD-LLM shrunk and damped", OURS, keep)
+        yield anchored(keep)
     yield _row("int8 weights, a scale for each row", lambda: _int8(dense))
     for keep in KEEPS[1:]:
         for method in METHODS:
