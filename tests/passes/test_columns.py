@@ -18,9 +18,11 @@ import lrcompile
 from lrcompile.backends.onnxruntime import OnnxRuntime
 from lrcompile.calibrate import Moments
 from lrcompile.columns import Columns, Layout, beside, keeping, loudest
+from lrcompile.dataflow import interpret
 from lrcompile.gauge import identity_gauge
 from lrcompile.graphs.base import Replacement
 from lrcompile.graphs.module import ModuleGraph
+from lrcompile.graphs.onnx.formulas import build
 from lrcompile.graphs.onnx.graph import OnnxGraph
 from lrcompile.linop import apply, cost, densify, low_rank, same, structure
 from lrcompile.passes.low_rank import LowRank
@@ -244,6 +246,21 @@ def test_onnx_runtime_computes_it(gauged: bool, convolution: bool):
     torch.testing.assert_close(torch.from_numpy(built.run({"x": x.numpy()})["y"]), expected, rtol=1e-3, atol=1e-3)
     assert [node.op_type for node in built.model.graph].count("Gather") == 1
     assert built.nbytes <= cost(made).nbytes + 8 * 8 + 64  # indices are wider in ONNX
+
+
+def test_other_readers_of_the_file_compute_the_same():
+    """The formulas that C is made of, and the exported program."""
+    weight, inner, _ = problem(11, 24, 48)
+    graph = onnx_model(weight.float(), convolution=False)
+    split = keeping(weight, inner, loudest(weight, inner, None, 8))
+    kept, left, right = split.factors(9)
+    graph.replace(graph.linear_sites()[0], beside(kept, split.kept, identity_gauge(left, right, torch.float32)), None)
+    built = OnnxRuntime().build(graph)
+    x = torch.randn(7, 48)
+    expected = built.run({"x": x.numpy()})["y"]
+    np.testing.assert_allclose(interpret.run(build(built.model), {"x": x.numpy()})["y"], expected, rtol=1e-4, atol=1e-4)
+    found = lrcompile.to_program(graph, {"x": x.numpy()}).module()(x)["y"]
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 class Tail(nn.Module):
