@@ -132,13 +132,14 @@ def keeping(weight: Tensor, inner: Tensor, kept: Tensor, outer: Tensor | None = 
     """Analyses ``weight`` (out, in) with the columns ``kept`` dense, in a metric from :func:`metric_matrix`.
 
     Args:
-        inner: (in, in), positive definite on the kept columns.
+        inner: (in, in).
     """
     others = torch.ones(weight.shape[1], dtype=torch.bool)
     others[kept] = False
     rest = others.nonzero()[:, 0]
-    cross = inner[kept][:, rest]
-    carry = torch.linalg.solve(inner[kept][:, kept], cross).T
+    own, cross = inner[kept][:, kept], inner[kept][:, rest]
+    own.diagonal().add_(1e-12 * float(own.diagonal().mean()) if own.any() else 1.0)  # channels may be dead or equal
+    carry = torch.linalg.solve(own, cross).T
     schur = inner[rest][:, rest] - carry @ cross
     return Columns(weight, kept, rest, carry, spectrum(weight[:, rest], (schur + schur.T) / 2, outer))
 

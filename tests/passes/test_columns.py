@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import lrcompile
 from lrcompile.backends.onnxruntime import OnnxRuntime
 from lrcompile.calibrate import Moments
+from lrcompile.choices import Offer
 from lrcompile.columns import Columns, Layout, beside, keeping, loudest
 from lrcompile.dataflow import interpret
 from lrcompile.gauge import identity_gauge
@@ -143,11 +145,13 @@ def loud(tokens: int, channels: int, seed: int = 0) -> Tensor:
     return rows
 
 
-def setting(out: int, into: int, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, Tensor]:
+def setting(
+    out: int, into: int, *, bias: bool = True, dtype: torch.dtype = torch.float32, tokens: int = 3000
+) -> tuple[Any, Any, Tensor]:
     torch.manual_seed(0)
     graph = ModuleGraph(nn.Sequential(nn.Linear(into, out, bias=bias, dtype=dtype)))
     site = graph.linear_sites()[0]
-    rows = loud(3000, into) + 1
+    rows = loud(tokens, into) + 1
     moments = Moments.zeros(into)
     moments.update(rows)
     return site, Context(graph, {site.input: moments}), rows
@@ -175,6 +179,25 @@ def test_a_proposal_keeps_its_promise_and_price(bias: bool, dtype: torch.dtype, 
         assert (new.shift is not None) == bias
         out = rows[:50] @ densify(new.operator).float().T
         torch.testing.assert_close(apply(new.operator, rows[:50]), out, rtol=1e-2, atol=1e-2 * float(out.abs().max()))
+
+
+@pytest.mark.parametrize("damp", [1e-5, 0.0])
+@pytest.mark.parametrize("tokens", [3, 60])
+def test_few_tokens_and_dead_channels(tokens: int, damp: float):
+    site, context, rows = setting(160, 320, tokens=tokens)
+    rows[:, ::2] = 0.0
+    rows[:, 1::8] = rows[:, 3::8]
+    moments = Moments.zeros(320)
+    moments.update(rows)
+    context = dataclasses.replace(context, moments={site.input: moments})
+    for shrink in (None, 0.0):
+        proposals = with_columns(site, context, damp=damp, shrink=shrink)
+        assert proposals
+        for proposal in proposals[::8]:
+            new = proposal.by[site.name]
+            assert densify(new.operator).isfinite().all()
+            error = context.error(site, new.operator, new.shift)
+            assert error <= 1.1 * proposal.error + 1e-3 * context.energy(site)
 
 
 def test_massive_channels_lose_less_in_as_many_values():
@@ -318,3 +341,15 @@ def test_prices_of_columns_are_those_of_a_site_that_has_them():
     assert {form_of(p) for p in LowRank().proposals(site, context)} <= forms
     found = survey(context.graph, [site], offered, {"input": np.zeros((1, 320), "float32")})
     assert {each.form for each in found.candidates[found.shapes[site.name]]} == forms
+
+
+def test_a_form_is_timed_where_any_site_of_the_shape_is_offered_it():
+    graph = ModuleGraph(nn.Sequential(nn.Linear(320, 160), nn.Linear(160, 320), nn.Linear(320, 160)))
+    sites, feed = graph.linear_sites(), {"input": np.zeros((1, 320), "float32")}
+    first, last = (list(LowRank().proposals(site, Context(graph, trial=True))) for site in (sites[0], sites[2]))
+    offers = {
+        sites[0].name: Offer([p for p in first if "columns" not in p.form], []),
+        sites[2].name: Offer(last, []),
+    }
+    found = survey(graph, sites, offers, feed)
+    assert {each.form for each in found.candidates[found.shapes[sites[0].name]]} == {form_of(p) for p in last}
