@@ -10,8 +10,9 @@ import onnx
 import pytest
 import torch
 
-from lrcompile import zoo
+from lrcompile import Budget, Options, optimize, zoo
 from lrcompile.graphs.onnx.graph import OnnxGraph
+from lrcompile.planning import Settings
 from lrcompile.zoo import digits_conv
 from lrcompile.zoo.digits_vit.data import digits
 
@@ -82,6 +83,22 @@ def test_a_fresh_export_equals_the_shipped_graph(model: zoo.ZooModel, tmp_path: 
     assert [node.op_type for node in fresh.node] == [node.op_type for node in shipped.node]
     for again, kept in zip(fresh.initializer, shipped.initializer, strict=True):
         np.testing.assert_allclose(onnx.numpy_helper.to_array(again), onnx.numpy_helper.to_array(kept), rtol=1e-6)
+
+
+def _pointwise(path: Path) -> int:
+    """Number of 1x1 convolutions in the file."""
+    graph = onnx.load(path).graph
+    sizes = {tensor.name: tuple(tensor.dims[2:]) for tensor in graph.initializer}
+    return sum(node.op_type == "Conv" and sizes[node.input[1]] == (1, 1) for node in graph.node)
+
+
+def test_pointwise_convolutions_become_pairs_that_keep_the_answers(model: zoo.ZooModel, tmp_path: Path):
+    out, settings = tmp_path / "smaller.onnx", Settings(cache=tmp_path)
+    data = {"calibration": model.calibration(), "evaluation": model.evaluation()}
+    optimize(digits_conv.ONNX, Budget(keep=0.6), options=Options(latency=False, settings=settings), out=out, **data)
+    assert _pointwise(out) >= _pointwise(digits_conv.ONNX) + 4
+    assert out.stat().st_size < 0.7 * digits_conv.ONNX.stat().st_size
+    assert model.metric(zoo.onnx_run(out))["accuracy"] >= 0.97
 
 
 @pytest.fixture
