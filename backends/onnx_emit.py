@@ -39,6 +39,8 @@ class Store:
     scope: Hashable = None  # the graph that is written to: what is computed there is not seen elsewhere
     stored: dict[Hashable, tuple[ir.Value, Tensor]] = field(default_factory=dict)
     values: dict[Hashable, ir.Value] = field(default_factory=dict)
+    pieces: dict[ir.Value, list[tuple[int, ir.Value]]] = field(default_factory=dict)
+    """What was put together along the channel axis: the channels and the value of each part."""
 
     def once(self, key: Hashable, make: Callable[[], ir.Value]) -> ir.Value:
         """The value under ``key``, computed where it is first asked for in each graph."""
@@ -158,6 +160,23 @@ class Emitter:
     def axis(self) -> int:
         """The channel axis."""
         return -1 if self.window is None else 1
+
+    def together(self, parts: Sequence[tuple[int, ir.Value]]) -> ir.Value:
+        """Values one after the other along the channel axis, each with its number of channels."""
+        value = self.op("Concat", [part for _, part in parts], axis=self.axis)
+        self.store.pieces[value] = list(parts)
+        return value
+
+    def piece(self, source: ir.Value, indices: Tensor) -> ir.Value | None:
+        """The part of ``source`` that these channels are exactly, where it was put together from parts."""
+        if self.window is not None and self.window.strided:
+            return None
+        start = 0
+        for size, part in self.store.pieces.get(source, ()):
+            if torch.equal(indices.long(), torch.arange(start, start + size)):
+                return part
+            start += size
+        return None
 
     def part(self, name: str) -> Emitter:
         """The emitter of a factor, whose name gets a suffix."""

@@ -50,6 +50,9 @@ def _diagonal(emitter: Emitter, op: Diagonal, source: ir.Value) -> ir.Value:
 
 
 def _select(emitter: Emitter, op: Select, source: ir.Value) -> ir.Value:
+    whole = emitter.piece(source, op.indices)
+    if whole is not None:
+        return whole
     return emitter.op("Gather", [emitter.strided(source), emitter.indices(op.indices)], axis=emitter.axis)
 
 
@@ -89,8 +92,8 @@ def _added(emitter: Emitter, values: list[ir.Value]) -> ir.Value:
 
 
 def _stack(emitter: Emitter, op: Stack, source: ir.Value) -> ir.Value:
-    parts = [emitter.part(f"part{index}").apply(part, source) for index, part in enumerate(op.parts)]
-    return emitter.op("Concat", parts, axis=emitter.axis)
+    parts = [(part.shape[0], emitter.part(f"part{i}").apply(part, source)) for i, part in enumerate(op.parts)]
+    return emitter.together(parts)
 
 
 def _scaled(emitter: Emitter, op: Scaled, source: ir.Value) -> ir.Value:

@@ -91,6 +91,7 @@ class Context:
         seed: of everything random.
         sample: inputs of the sizes that the user's data have; None without data. A pass that is told other sizes
             puts its own here.
+        trial: what is proposed gets timed, never used: its structure counts, its error does not.
     """
 
     graph: Graph
@@ -100,6 +101,7 @@ class Context:
     notes: list[str] = field(default_factory=list)
     gradients: Mapping[str, Moments] = field(default_factory=dict)
     sample: Inputs | None = None
+    trial: bool = False
 
     def statistics(self, site: LinearSite) -> Moments | None:
         """Moments of what the site reads, or None without calibration data."""

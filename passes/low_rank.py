@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from lrcompile.columns import Columns, Layout, beside, keeping, loudest
 from lrcompile.errors import UsageError, nearest
-from lrcompile.gauge import identity_gauge, permuted
+from lrcompile.gauge import COPY, identity_gauge, permuted
 from lrcompile.graphs.base import Replacement
-from lrcompile.linop import Cost, densify, index_dtype, low_rank
+from lrcompile.linop import Cost, LinearOperator, densify, index_dtype, low_rank
 from lrcompile.rewrite import Context, LinearPass, Proposal, storage_dtype
 from lrcompile.sites import LinearSite
 from lrcompile.spectrum import Spectrum, metric_matrix, sampling_shrink, spectrum
-
-COPY = 16
-"""Multiply–accumulates that putting one output together costs: a gauge that saves less only makes a layer slower."""
 
 METRICS = ("whitened", "diagonal", "plain")
 
@@ -41,6 +40,8 @@ class LowRank(LinearPass):
         gauge: offer factors in the identity gauge too, which store r² fewer values, where no permutation is
             needed: not for weights of half precision.
         permute: offer it to those as well, with a Gather of the outputs; small, but often slower than dense.
+        columns: where a weight has many more inputs than outputs, offer to keep the columns of most output energy
+            dense, and low rank for the others; needs data.
         two_sided: weigh output channels by what they do to the model's outputs, where gradients are known.
         alpha: exponent of ASVD's scales.
         min_rank: smallest rank that is proposed, as a multiple of the alignment.
@@ -55,6 +56,7 @@ class LowRank(LinearPass):
     two_sided: bool = True
     gauge: bool = True
     permute: bool = False
+    columns: bool = True
     alpha: float = 0.5
     min_rank: int = 1
 
@@ -83,12 +85,59 @@ class LowRank(LinearPass):
         kept = analysed if context.statistics(site) is not None else None
         for rank, gauged in self._forms(site, context):
             yield self._proposal(site, context, kept, tails, rank, gauged)
+        yield from self._with_columns(site, context)
+
+    def _with_columns(self, site: LinearSite, context: Context) -> Iterator[Proposal]:
+        """Proposals with dense columns. Their analysis is not held, but made again for what is chosen."""
+        layout = self._layout(site, context)
+        ranks = [] if layout is None else layout.ranks(context.align, self.min_rank)
+        if layout is None or not ranks:
+            return
+        tails = self._errors(site, context, self._split(site, context, layout)).tolist()
+        for rank in ranks:
+            yield Proposal(
+                (site.name,),
+                tails[rank],
+                layout.price(rank, len(site.uses)),
+                partial(self._widened, site, context, layout, rank),
+                label=f"rank {rank}, {layout.count} dense columns{', identity gauge' if layout.gauged else ''}",
+                source=self.name,
+                rank=rank,
+                tails=tails,
+                form=" ".join(filter(None, (self._form(site, layout.gauged), "with columns"))),
+            )
+
+    def _layout(self, site: LinearSite, context: Context) -> Layout | None:
+        """How the site would be stored with dense columns; None where it is not."""
+        whole = site.window is None or site.window.pointwise
+        told = context.statistics(site) is not None or context.trial
+        fits = whole and told and all(use.role == "apply" for use in site.uses)
+        if not (self.columns and self.metric == "whitened" and fits):
+            return None
+        dtype = storage_dtype(site.operator)
+        return Layout.of(site.shape, dtype, align=context.align, gauged=self._gauges(dtype))
+
+    def _gauges(self, dtype: torch.dtype) -> bool:
+        return self.gauge and (self.permute or not permuted(dtype))
+
+    def _split(self, site: LinearSite, context: Context, layout: Layout) -> Columns:
+        weight, outer = densify(site.operator), self._outer(site, context)
+        inner = self._inner(site, context)
+        if inner is None:  # without data, where only the structure counts
+            inner = torch.eye(site.shape[1], dtype=torch.float64)
+        return keeping(weight, inner, loudest(weight, inner, outer, layout.count), outer)
+
+    def _widened(self, site: LinearSite, context: Context, layout: Layout, rank: int) -> dict[str, Replacement]:
+        split = self._split(site, context, layout)
+        kept, *factors = split.factors(rank)
+        stored = self._stored(site, factors[0], factors[1], layout.gauged)
+        return {site.name: self._replacement(site, context, beside(kept, split.kept, stored))}
 
     def _forms(self, site: LinearSite, context: Context) -> Iterator[tuple[int, bool]]:
         """Ranks, and whether in the identity gauge."""
         least = self.min_rank * context.align
         yield from ((rank, False) for rank in context.ranks(site) if rank >= least)
-        if self.gauge and (self.permute or not permuted(storage_dtype(site.operator))):
+        if self._gauges(storage_dtype(site.operator)):
             ranks = context.ranks(site, gauged=True)
             yield from ((rank, True) for rank in ranks if rank >= least and rank * rank >= COPY * site.shape[0])
 
@@ -113,17 +162,21 @@ class LowRank(LinearPass):
         return "permuted gauge" if permuted(storage_dtype(site.operator)) else "gauge"
 
     def _analyse(self, site: LinearSite, context: Context) -> Spectrum:
+        return spectrum(densify(site.operator), self._inner(site, context), self._outer(site, context))
+
+    def _inner(self, site: LinearSite, context: Context) -> Tensor | None:
         moments = context.statistics(site)
         shrink = self.shrink
         if shrink is None:
             shrink = 0.0 if moments is None else sampling_shrink(moments)
-        matrix = metric_matrix(
+        return metric_matrix(
             moments, self.metric, center=self._centered(site), shrink=shrink, damp=self.damp, alpha=self.alpha
         )
-        outer = context.importance(site) if self.two_sided and self.metric == "whitened" else None
-        return spectrum(densify(site.operator), matrix, outer)
 
-    def _errors(self, site: LinearSite, context: Context, analysed: Spectrum) -> Tensor:
+    def _outer(self, site: LinearSite, context: Context) -> Tensor | None:
+        return context.importance(site) if self.two_sided and self.metric == "whitened" else None
+
+    def _errors(self, site: LinearSite, context: Context, analysed: Spectrum | Columns) -> Tensor:
         """What every rank does to the calibration outputs, whatever metric chose the directions.
 
         Where that metric is the outputs' own energy, its estimate counts unless the data tell worse.
@@ -140,15 +193,21 @@ class LowRank(LinearPass):
         return self.center and self.metric == "whitened" and all(use.bias is not None for use in site.uses)
 
     def _build(self, site: LinearSite, context: Context, analysed: Spectrum, rank: int, gauged: bool) -> Replacement:
+        return self._replacement(site, context, self._stored(site, *analysed.factors(rank), gauged))
+
+    def _stored(self, site: LinearSite, left: Tensor, right: Tensor, gauged: bool) -> LinearOperator:
         dtype = storage_dtype(site.operator)
-        factors = analysed.factors(rank)
-        operator = identity_gauge(*factors, dtype) if gauged else low_rank(*(f.to(dtype).contiguous() for f in factors))
+        if gauged:
+            return identity_gauge(left, right, dtype)
+        return low_rank(left.to(dtype).contiguous(), right.to(dtype).contiguous())
+
+    def _replacement(self, site: LinearSite, context: Context, operator: LinearOperator) -> Replacement:
         shift: Tensor | None = None
         moments = context.statistics(site)
         if moments is not None and self._centered(site):
             mean = moments.mean()
             stored = densify(operator).double() @ mean
-            shift = (densify(site.operator).double() @ mean - stored).to(dtype)
+            shift = (densify(site.operator).double() @ mean - stored).to(storage_dtype(site.operator))
         return Replacement(operator, shift)
 
 

@@ -109,10 +109,7 @@ def survey(graph: Graph, sites: Sequence[LinearSite], offers: Mapping[str, Offer
         if held_form(site):
             found.rewritten.add(site.name)
     for shape, group in groups.items():
-        offered = next((site for site in group if site.name in offers and offers[site.name].proposals), None)
-        proposals = offers[offered.name].proposals if offered is not None else []
-        points = [*_points(offered, proposals)] if offered is not None else []
-        found.candidates[shape] = points + _held(group)
+        found.candidates[shape] = [*_points(group, offers), *_held(group)]
     return found
 
 
@@ -128,13 +125,18 @@ def shape_of(site: LinearSite, vectors: float) -> Shape:
     return Shape(*site.shape, max(round(vectors), 1), dtype, window)
 
 
-def _points(site: LinearSite, proposals: Iterable[Proposal]) -> Iterable[Candidate]:
-    """A few proposals of each form, evenly spread over its sizes; the smallest and the largest among them."""
-    forms: dict[str, list[Proposal]] = {}
-    for proposal in proposals:
-        if proposal.sites == (site.name,):
-            forms.setdefault(form_of(proposal), []).append(proposal)
-    for form, given in forms.items():
+def _points(group: Sequence[LinearSite], offers: Mapping[str, Offer]) -> Iterable[Candidate]:
+    """A few proposals of each form, evenly spread over its sizes; the smallest and the largest among them.
+
+    Those of the first site of the group that is offered the form.
+    """
+    forms: dict[str, tuple[LinearSite, list[Proposal]]] = {}
+    for site in group:
+        for proposal in offers[site.name].proposals if site.name in offers else ():
+            first, given = forms.setdefault(form_of(proposal), (site, []))
+            if first is site and proposal.sites == (site.name,):
+                given.append(proposal)
+    for form, (site, given) in forms.items():
         given = sorted({p.cost.macs: p for p in given}.values(), key=lambda p: p.cost.macs)
         count = min(POINTS, len(given))
         picked = {round(index * (len(given) - 1) / max(count - 1, 1)) for index in range(count)}
@@ -164,7 +166,7 @@ def representatives(
     graph: Graph, sites: Sequence[LinearSite], passes: Sequence[LinearPass], feed: Inputs, align: int
 ) -> dict[str, Offer]:
     """Offers for one site of every shape, without statistics: the structures are the same with them."""
-    context = Context(graph, align=align)
+    context = Context(graph, align=align, trial=True)
     vectors, offers, seen = positions(graph, sites, feed), {}, set()
     for site in sites:
         shape = shape_of(graph.original(site.name), vectors[site.name])

@@ -123,7 +123,8 @@ def test_options_tell_type_and_default():
     options = LowRank.options()
     assert options["damp"] == ("float", 1e-5)
     assert options["center"] == ("bool", True)
-    assert list(options) == ["metric", "shrink", "damp", "center", "two_sided", "gauge", "permute", "alpha", "min_rank"]
+    names = ["metric", "shrink", "damp", "center", "two_sided", "gauge", "permute", "columns", "alpha", "min_rank"]
+    assert list(options) == names
     assert Clean.options() == {}
 
 
