@@ -77,10 +77,17 @@ def _high(pid: int) -> int:
     return _field(pid, "VmHWM")
 
 
-def uniform(dense: Path, each: LowRank, keep: float, data: Batches, settings: Settings, out: Path) -> Path:
-    """Writes the model with each site at the largest rank that keeps at most ``keep`` of its values: what papers do."""
+def uniform(
+    dense: Path, each: LowRank, keep: float, data: Batches, settings: Settings, out: Path, *, ends: bool = True
+) -> Path:
+    """Writes the model with each site at the largest rank that keeps at most ``keep`` of its values: what papers do.
+
+    Args:
+        ends: also the first and the last site, which papers on images leave alone.
+    """
     graph = OnnxGraph.load(dense)
     sites = [site for site in graph.linear_sites() if not site.frozen]
+    sites = sites if ends else sites[1:-1]
     checked = data.check(graph.input_specs)
     moments = statistics(graph, sites, checked, settings, Progress())
     gradients = importance(graph, sites, checked if each.two_sided else None, settings, Progress())[0].moments

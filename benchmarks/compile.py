@@ -67,7 +67,7 @@ def row(
     with torch.inference_mode():
         eager, dense, ready = [lambda m=m: m(*feeds) for m in models]
         times = _in_turns((eager, dense, ready), SECONDS)
-    ratio, low, high = interval(times[1], times[2])
+    ratio, low, high = interval([(times[1], times[2])])
     status = {} if plan is None else plan.status()
     sites = "—" if plan is None else f"{sum(s == 'compressed' for s in status.values())} of {len(plan.compressed)}"
     drift = "—" if plan is None or plan.drift is None else f"{plan.drift:.3f}"

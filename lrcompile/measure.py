@@ -1,7 +1,9 @@
 """Latency and memory of model files, measured in a process of their own.
 
 Runs as ``python -m lrcompile.measure FEEDS.npz A.onnx B.onnx``: it imports numpy and ONNX Runtime
-only, times the files in turns so that a noisy machine hurts them alike, and prints JSON.
+only, times the files in turns so that a noisy machine hurts them alike, and prints JSON. Where a session's weights
+come to lie in memory makes it up to a tenth faster or slower for as long as it lives, and the session that was made
+first is at a disadvantage: so a ratio is of several processes, in half of which the files change places.
 """
 
 from __future__ import annotations
@@ -21,6 +23,10 @@ from pathlib import Path
 
 PATIENCE = 6
 """How many times as long as asked for a measurement may take to become as sharp as asked for."""
+PROCESSES = (2, 4)
+"""At least so many processes for a ratio, and at most where no precision is asked for."""
+AGREED = 0.03
+"""Half the width of a ratio's interval at which no further process is needed, where no precision is asked for."""
 MOST = 2000
 
 
@@ -38,12 +44,29 @@ class Timing:
     threads: int
 
 
-def interval(first: Sequence[float], second: Sequence[float], *, draws: int = 1000) -> tuple[float, float, float]:
-    """Median of the paired ratios ``second / first`` and its bootstrap interval (2.5 %, 97.5 %)."""
-    ratios = [b / a for a, b in zip(first, second, strict=True)]
+Rows = Sequence[Sequence[float]]
+"""Milliseconds of calls, for each model; those at one place were made one after the other."""
+
+
+def interval(groups: Sequence[Rows], *, draws: int = 1000) -> tuple[float, float, float]:
+    """Ratio of the last to the first with its bootstrap interval (2.5 %, 97.5 %): over groups, then over their pairs.
+
+    Of a group the ratio is the median of its pairs' ratios, of several groups their geometric mean.
+
+    Args:
+        groups: what was measured in one process each.
+    """
+    paired = [[b / a for a, b in zip(rows[0], rows[-1], strict=True)] for rows in groups]
     generator = random.Random(0)
-    medians = sorted(statistics.median(generator.choices(ratios, k=len(ratios))) for _ in range(draws))
-    return statistics.median(ratios), medians[int(0.025 * draws)], medians[int(0.975 * draws) - 1]
+
+    def drawn(ratios: Sequence[float]) -> float:
+        return statistics.median(generator.choices(ratios, k=len(ratios)))
+
+    means = sorted(
+        statistics.geometric_mean(map(drawn, generator.choices(paired, k=len(paired)))) for _ in range(draws)
+    )
+    middle = statistics.geometric_mean(map(statistics.median, paired))
+    return middle, means[int(0.025 * draws)], means[int(0.975 * draws) - 1]
 
 
 def interleaved(
@@ -70,7 +93,7 @@ def interleaved(
         if len(rows[0]) >= MOST:
             return rows
         if len(rows[0]) >= 6 and passed >= check:
-            if passed >= PATIENCE * seconds or _sharp(rows, precision):
+            if passed >= PATIENCE * seconds or not precision or _sharp([rows], precision):
                 return rows
             check = passed * 1.3
         random.shuffle(order)
@@ -80,10 +103,8 @@ def interleaved(
             rows[index].append((clock() - start) * 1000)
 
 
-def _sharp(rows: Sequence[Sequence[float]], precision: float) -> bool:
-    if not precision or len(rows) < 2:
-        return True
-    middle, low, high = interval(rows[0], rows[-1], draws=200)
+def _sharp(groups: Sequence[Rows], precision: float) -> bool:
+    middle, low, high = interval(groups, draws=200)
     return high - low <= 2 * precision * middle
 
 
@@ -92,10 +113,10 @@ def cores(threads: int) -> int:
     return threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def summary(rows: Sequence[Sequence[float]], threads: int) -> Timing:
-    """What :func:`interleaved` rows say."""
-    ratio, low, high = interval(rows[0], rows[-1])
-    columns = [sorted(row) for row in rows]
+def summary(groups: Sequence[Rows], threads: int) -> Timing:
+    """What :func:`interleaved` rows of one or several processes say."""
+    ratio, low, high = interval(groups)
+    columns = [sorted(ms for rows in groups for ms in rows[index]) for index in range(len(groups[0]))]
     return Timing(
         tuple(statistics.median(row) for row in columns),
         tuple(row[len(row) // 10] for row in columns),
@@ -103,7 +124,7 @@ def summary(rows: Sequence[Sequence[float]], threads: int) -> Timing:
         ratio,
         low,
         high,
-        len(rows[0]),
+        len(columns[0]),
         cores(threads),
     )
 
@@ -117,21 +138,24 @@ def time_files(
     precision: float = 0.0,
     busy: bool = False,
 ) -> Timing | None:
-    """Times the files in turns; None where one of them does not run on the CPU.
+    """Times the files in turns, in several processes; None where one of them does not run on the CPU.
 
     Args:
+        seconds: of all processes that a ratio takes at least.
+        precision: measure in further processes until the interval of the ratio of the last file to the first is
+            narrower than this share to each side.
         busy: count the processor time of the only thread: the latency of an idle machine, on one that is not.
     """
-    found = _child(
-        [
-            "busy" if busy and threads == 1 else "time",
-            str(feeds),
-            f"{seconds}/{precision}",
-            str(threads),
-            *map(str, files),
-        ]
-    )
-    return None if found is None else summary(found["ms"], threads)
+    mode = "busy" if busy and threads == 1 else "time"
+    most = PATIENCE * PROCESSES[0] if precision else PROCESSES[1]
+    groups: list[Rows] = []
+    while len(groups) < PROCESSES[0] or (len(groups) < most and not _sharp(groups, precision or AGREED)):
+        turn = slice(None, None, -1 if len(groups) % 2 else 1)
+        found = _child([mode, str(feeds), str(seconds / PROCESSES[0]), str(threads), *map(str, files[turn])])
+        if found is None:
+            return None
+        groups.append(found["ms"][turn])
+    return summary(groups, threads)
 
 
 def peak_memory(file: Path, feeds: Path) -> int | None:
@@ -189,9 +213,8 @@ def _main(mode: str, feeds: str, seconds: str, threads: str, *files: str) -> Non
 
     runs, rows = [runner(session) for session in sessions], []
     if mode in ("time", "busy"):
-        wanted, precision = map(float, seconds.split("/"))
         clock = time.thread_time if mode == "busy" else time.perf_counter
-        rows = interleaved(runs, wanted, precision=precision, clock=clock)
+        rows = interleaved(runs, float(seconds), clock=clock)
     else:
         for run in runs:
             run()

@@ -150,7 +150,7 @@ def _modules(run: Run, batch: Inputs) -> measure.Timing:
     with ready(pair, run.options.threads):
         calls = [caller(model, batch) for model in pair]
         rows = measure.interleaved(calls, run.options.seconds, precision=PRECISION)
-    return measure.summary(rows, run.options.threads)
+    return measure.summary([rows], run.options.threads)
 
 
 # -- correcting ----------------------------------------------------------------------------------

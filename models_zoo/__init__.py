@@ -1,6 +1,6 @@
-"""Small real models with their data: ``load("digits_vit")``, ``load("minilm")``, ``load("smollm2")``.
-``load("smollm2_cached")`` is the last with its cache as inputs and outputs, ``load("smollm2_rotated")`` the same
-function with weights off the grid of four bits.
+"""Small real models with their data: ``load("digits_vit")``, ``load("digits_conv")``, ``load("minilm")`` and
+``load("smollm2")``; ``load("smollm2_cached")`` is the last with its cache as inputs and outputs,
+``load("smollm2_rotated")`` the same function with weights off the grid of four bits.
 
 The registry is lazy: ``names()`` reads nothing, ``load`` imports one model's file, and weights and
 data are read when one of the model's functions is called.
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lrcompile.zoo.base import Batch, MissingPackageError, Run, ZooModel, module_run, onnx_run
 
-_NAMES = ("digits_vit", "minilm", "smollm2", "smollm2_cached", "smollm2_rotated")
+_NAMES = ("digits_conv", "digits_vit", "minilm", "smollm2", "smollm2_cached", "smollm2_rotated")
 _MODELS = {name: f"lrcompile.zoo.{name}" for name in _NAMES}
 _FACE = ("Batch", "MissingPackageError", "Run", "ZooModel", "module_run", "onnx_run")
 

@@ -70,7 +70,7 @@ def _timed(
             raise UnsupportedError("ONNX Runtime does not run one of the models", where=f"{paths[0]}, {paths[1]}")
         return found
     rows = _in_process(graphs, inputs, threads, seconds, precision)
-    return measure.summary(rows, threads)
+    return measure.summary([rows], threads)
 
 
 def _in_process(

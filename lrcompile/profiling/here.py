@@ -59,7 +59,7 @@ def _run(script: Path, tell: Progress) -> dict[str, Any]:
 
 def _key(*parts: str) -> str:
     made = {**machine(), **versions()}
-    return cache.key("costs/1", *parts, str(SECONDS), json.dumps(made, sort_keys=True))
+    return cache.key("costs/2", *parts, str(SECONDS), json.dumps(made, sort_keys=True))
 
 
 def _outline(survey: Survey) -> str:

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+ROUNDS = 6
+"""How often the sessions of the whole model are made anew."""
 FOLDER = Path(__file__).resolve().parent
 
 
@@ -86,20 +88,16 @@ def measure(kit, threads, seconds):
 def measured_shape(each, threads, seconds):
     """The dense product, and every form at every size in turns with it."""
     generator = np.random.default_rng(0)
-    x = generator.standard_normal(each["input"], dtype=np.float32).astype(each["dtype"])
-    dense = session(each["file"], threads)
-    clock = time.thread_time if threads == 1 else time.perf_counter
+    x = {"x": generator.standard_normal(each["input"], dtype=np.float32).astype(each["dtype"])}
     absolute, forms = [], []
     for form in each["forms"]:
         points = []
         for point in form["points"]:
-            pair = [dense, session(point["file"], threads)]
-            rows = interleaved([runner(one, {"x": x}) for one in pair], seconds, clock)
-            absolute += rows[0]
-            points.append((point, paired(rows)))
+            ratio, times = in_turns([each["file"], point["file"]], x, threads, seconds)
+            absolute += times
+            points.append((point, ratio))
         forms.append((form, points))
-    if not absolute:
-        absolute = interleaved([runner(dense, {"x": x})], seconds, clock)[0]
+    absolute = absolute or in_turns([each["file"]], x, threads, seconds)[1]
     ms = statistics.median(absolute) / each["copies"]
     described = {key: each[key] for key in ("out", "into", "tokens", "dtype", "window", "sites")}
     found = [
@@ -113,14 +111,28 @@ def measured_model(model, threads, seconds):
     """The whole model, in turns with one that has something cheaper at every site."""
     with np.load(FOLDER / model["inputs"]) as stored:
         inputs = {name: stored[name] for name in stored.files}
-    clock = time.thread_time if threads == 1 else time.perf_counter
     files = [model["file"]] + ([model["anchor"]["file"]] if model["anchor"] else [])
-    rows = interleaved([runner(session(file, threads), inputs) for file in files], 10 * seconds, clock)
-    anchor = None
-    if model["anchor"]:
-        ratio = paired(rows)
-        anchor = {"ratio": ratio, "sites": model["anchor"]["sites"]}
-    return statistics.median(rows[0]), anchor
+    ratio, times = in_turns(files, inputs, threads, 10 * seconds, ROUNDS)
+    anchor = {"ratio": ratio, "sites": model["anchor"]["sites"]} if model["anchor"] else None
+    return statistics.median(times), anchor
+
+
+def in_turns(files, inputs, threads, seconds, rounds=2):
+    """The ratio of the last file to the first, and milliseconds of the first.
+
+    Where a session's weights lie in memory changes its speed, and so does which was made first: sessions are made
+    anew in every round, in the other order.
+    """
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    ratios, times = [], []
+    for number in range(rounds):
+        turn = -1 if number % 2 else 1
+        runs = [runner(session(file, threads), inputs) for file in files[::turn]]
+        rows = interleaved(runs, seconds / rounds, clock)[::turn]
+        del runs
+        ratios.append(paired(rows))
+        times += rows[0]
+    return statistics.geometric_mean(ratios), times
 
 
 def session(file, threads):
@@ -137,12 +149,12 @@ def runner(one, inputs):
 
 
 def interleaved(runs, seconds, clock):
-    """Milliseconds of calls in turns of random order, at least seven of each; the first of each is not counted."""
+    """Milliseconds of calls in turns of random order, at least four of each; the first of each is not counted."""
     for run in runs:
         run()
     rows = [[] for _ in runs]
     order, begun = list(range(len(runs))), time.perf_counter()
-    while len(rows[0]) < 7 or (time.perf_counter() - begun < seconds and len(rows[0]) < 2000):
+    while len(rows[0]) < 4 or (time.perf_counter() - begun < seconds and len(rows[0]) < 2000):
         random.shuffle(order)
         for index in order:
             start = clock()
@@ -152,8 +164,8 @@ def interleaved(runs, seconds, clock):
 
 
 def paired(rows):
-    """Median of the ratios of the second to the first."""
-    return statistics.median(rows[1][index] / ms for index, ms in enumerate(rows[0]))
+    """Median of the ratios of the last to the first."""
+    return statistics.median(rows[-1][index] / ms for index, ms in enumerate(rows[0]))
 
 
 def cores():
