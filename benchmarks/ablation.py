@@ -26,6 +26,7 @@ DRAWS = tuple(map(int, os.environ.get("LRCOMPILE_DRAWS", "0,1,2").split(",")))
 WHOLE = "lrcompile"
 _PUBLISHED = "SVD-LLM as published, uniform ranks"
 LEFT_OUT = {
+    "without dense columns": LowRank(columns=False),
     "without the identity gauge": LowRank(gauge=False),
     "without the output side": LowRank(two_sided=False),
     "without shrinkage": LowRank(shrink=0.0),

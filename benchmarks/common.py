@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lrcompile import LowRank
@@ -85,6 +85,7 @@ def uniform(
     Args:
         ends: also the first and the last site, which papers on images leave alone.
     """
+    each = replace(each, columns=False)  # a rank alone says how large a site becomes
     graph = OnnxGraph.load(dense)
     sites = [site for site in graph.linear_sites() if not site.frozen]
     sites = sites if ends else sites[1:-1]

@@ -51,13 +51,13 @@ class Candidates:
 
 
 class Maker:
-    """Candidates of one model, from the statistics and curves of its default plan."""
+    """Candidates of one model, from the statistics and curves of its plan without either."""
 
     def __init__(self, planned: Planned, *, gauge: bool) -> None:
         self.context, self.curves, self.gauge, self.planned = planned.context, planned.curves, gauge, planned
 
     def separate(self, site: LinearSite) -> Candidates:
-        """The product's own proposals, and dense."""
+        """The product's own proposals without columns, and dense."""
         found = [p for p in self.planned.offers[site.name].proposals if self.gauge or not p.form]
         values = [p.cost.parameters for p in found] + [site.shape[0] * site.shape[1]]
         losses = [self.curves[site.name](p.error) for p in found] + [0.0]
@@ -290,7 +290,7 @@ def _rows(name: str, calibration: Callable[[], Any], judge: Callable[[Any], list
     graph, settings = OnnxGraph.load(exported(name)), Settings(cache=WORK / "cache")
     data = Batches(calibration()).check(graph.input_specs)
     for keep in KEEPS:
-        planned = plan(graph, [LowRank()], Budget(keep=keep), data, settings)
+        planned = plan(graph, [LowRank(columns=False)], Budget(keep=keep), data, settings)
         sites = [choice.site for choice in planned.choices if not choice.outside]
         total = sum(site.shape[0] * site.shape[1] for site in sites)
         for label, gauge, extra in ROWS:
