@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from benchmarks.common import WORK, run, table, write
 from lrcompile.files import sha256
 from lrcompile.zoo import exported, smollm2
@@ -28,7 +26,6 @@ def main() -> None:
     rows = [
         ("seconds, statistics included", f"{child.seconds:.0f}", f"≤ {SECONDS}"),
         ("peak resident MB", f"{child.peak / 1e6:.0f}", f"≤ {limit / 1e6:.0f}"),
-        ("sites", len(json.loads(child.stdout)["sites"]), ""),
     ]
     text = (
         f"`lrcompile plan {dense.name} --keep {KEEP} --calib calib.npz` ({size / 1e6:.0f} MB, {sha256(dense)[:12]}; 96 \
