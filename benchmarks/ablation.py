@@ -25,8 +25,8 @@ KEEP = 0.8
 DRAWS = tuple(map(int, os.environ.get("LRCOMPILE_DRAWS", "0,1,2").split(",")))
 WHOLE = "lrcompile"
 _PUBLISHED = "SVD-LLM as published, uniform ranks"
-LEFT_OUT = {
-    "without dense columns": LowRank(columns=False),
+CHANGED = {
+    "with dense columns": LowRank(columns=True),
     "without the identity gauge": LowRank(gauge=False),
     "without the output side": LowRank(two_sided=False),
     "without shrinkage": LowRank(shrink=0.0),
@@ -91,7 +91,7 @@ def _ways(dense: Path, draw: int) -> Iterator[tuple[str, Callable[[], Path]]]:
     yield _PUBLISHED, lambda: uniform(dense, PUBLISHED, KEEP, data, settings, out)
     yield WHOLE, lambda: ours(dense, LowRank(), KEEP, data, settings, out)
     yield "the same, uniform ranks", lambda: uniform(dense, LowRank(), KEEP, data, settings, out)
-    for name, each in LEFT_OUT.items():
+    for name, each in CHANGED.items():
         yield name, lambda each=each: ours(dense, each, KEEP, data, settings, out)
 
 

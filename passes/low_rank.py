@@ -41,7 +41,8 @@ class LowRank(LinearPass):
             needed: not for weights of half precision.
         permute: offer it to those as well, with a Gather of the outputs; small, but often slower than dense.
         columns: where a weight has many more inputs than outputs, offer to keep the columns of most output energy
-            dense, and low rank for the others; needs data.
+            dense, and low rank for the others; needs data. At the same size a little better and a little slower,
+            since runtimes pick channels out slowly: a latency budget knows what it costs.
         two_sided: weigh output channels by what they do to the model's outputs, where gradients are known.
         alpha: exponent of ASVD's scales.
         min_rank: smallest rank that is proposed, as a multiple of the alignment.
@@ -56,7 +57,7 @@ class LowRank(LinearPass):
     two_sided: bool = True
     gauge: bool = True
     permute: bool = False
-    columns: bool = True
+    columns: bool = False
     alpha: float = 0.5
     min_rank: int = 1
 

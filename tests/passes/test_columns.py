@@ -158,7 +158,7 @@ def setting(
 
 
 def with_columns(site: LinearSite, context: Context, **options: Any) -> list[Proposal]:
-    return [p for p in LowRank(**options).proposals(site, context) if "columns" in p.form]
+    return [p for p in LowRank(**{"columns": True, **options}).proposals(site, context) if "columns" in p.form]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -307,7 +307,8 @@ def vectors(count: int, seed: int) -> list[dict[str, Tensor]]:
 def test_a_plan_with_columns_is_saved_refitted_and_compiled(tmp_path: Path):
     model = Tail().eval()
     options = lrcompile.Options(max_drift=10.0, latency=False)
-    plan = lrcompile.plan(model, lrcompile.Budget(keep=0.5), calibration=vectors(12, 1), options=options)
+    passes = [LowRank(columns=True)]
+    plan = lrcompile.plan(model, lrcompile.Budget(keep=0.5), passes=passes, calibration=vectors(12, 1), options=options)
     entry = plan.entries["down"]
     assert entry.recipe is not None and "dense columns" in entry.recipe.label and entry.replacement is not None
     plan.save(tmp_path)
@@ -336,9 +337,11 @@ def _shift(by: Replacement) -> Tensor:
 
 def test_prices_of_columns_are_those_of_a_site_that_has_them():
     site, context, _ = setting(160, 320)
-    offered = representatives(context.graph, [site], [LowRank()], {"input": np.zeros((1, 320), "float32")}, 8)
+    offered = representatives(
+        context.graph, [site], [LowRank(columns=True)], {"input": np.zeros((1, 320), "float32")}, 8
+    )
     forms = {form_of(p) for p in offered[site.name].proposals}
-    assert {form_of(p) for p in LowRank().proposals(site, context)} <= forms
+    assert {form_of(p) for p in LowRank(columns=True).proposals(site, context)} <= forms
     found = survey(context.graph, [site], offered, {"input": np.zeros((1, 320), "float32")})
     assert {each.form for each in found.candidates[found.shapes[site.name]]} == forms
 
@@ -346,7 +349,9 @@ def test_prices_of_columns_are_those_of_a_site_that_has_them():
 def test_a_form_is_timed_where_any_site_of_the_shape_is_offered_it():
     graph = ModuleGraph(nn.Sequential(nn.Linear(320, 160), nn.Linear(160, 320), nn.Linear(320, 160)))
     sites, feed = graph.linear_sites(), {"input": np.zeros((1, 320), "float32")}
-    first, last = (list(LowRank().proposals(site, Context(graph, trial=True))) for site in (sites[0], sites[2]))
+    first, last = (
+        list(LowRank(columns=True).proposals(site, Context(graph, trial=True))) for site in (sites[0], sites[2])
+    )
     offers = {
         sites[0].name: Offer([p for p in first if "columns" not in p.form], []),
         sites[2].name: Offer(last, []),
