@@ -11,6 +11,7 @@ import argparse
 import copy
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,24 @@ def train(images: Tensor, labels: Tensor, recipe: Recipe, config: Config | None 
     torch.manual_seed(recipe.seed)
     model = DigitsViT(config)
     average = copy.deepcopy(model)
+    fit(
+        model,
+        images,
+        labels,
+        recipe,
+        lambda step: _follow(average, model, min(recipe.average, (step + 1) / (step + 11))),
+    )
+    return average.eval()
+
+
+def fit(
+    model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, after: Callable[[int], None] | None = None
+) -> None:
+    """Trains a classifier of these images in place.
+
+    Args:
+        after: called with the number of each step when it is done.
+    """
     steps = recipe.epochs * math.ceil(len(images) / recipe.batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, weight_decay=recipe.decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, steps, pct_start=recipe.warmup)
@@ -76,8 +95,8 @@ def train(images: Tensor, labels: Tensor, recipe: Recipe, config: Config | None 
         loss.backward()
         optimizer.step()
         schedule.step()
-        _follow(average, model, min(recipe.average, (step + 1) / (step + 11)))
-    return average.eval()
+        if after is not None:
+            after(step)
 
 
 @torch.no_grad()
@@ -99,30 +118,42 @@ def tensors(index: np.ndarray) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(data.scaled(images[index])), torch.from_numpy(labels[index].astype(np.int64))
 
 
-def write(model: DigitsViT, folder: Path = FOLDER) -> None:
-    """Write ``model.safetensors``, ``model.onnx`` and ``digits.npz``."""
+def write(model: nn.Module, folder: Path) -> None:
+    """Write ``model.safetensors`` and ``model.onnx``."""
     from safetensors.torch import save
 
     (folder / "model.safetensors").write_bytes(save(model.state_dict()))
     example = {"images": torch.zeros(2, 1, 8, 8)}
     export_onnx(model, example, folder / "model.onnx", outputs=("logits",), axes={"images": {0: "batch"}})
-    data.write(folder / "digits.npz")
 
 
-def main() -> None:
-    """Train, print the accuracies, write the files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, default=FOLDER, help="folder for the files")
-    parser.add_argument("--threads", type=int, default=1, help="more brings little for matrices this small")
+def command(text: str | None, folder: Path, make: Callable[[Tensor, Tensor], nn.Module]) -> Path:
+    """Train, print the accuracies, write the model's files; returns their folder.
+
+    Args:
+        text: help of the command line.
+        folder: where files go by default.
+        make: trains on images and labels.
+    """
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, default=folder, help="folder for the files")
+    parser.add_argument("--threads", type=int, default=1, help="more brings little for arrays this small")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     indices = data.split(data.source()[1])
-    model = train(*tensors(indices["train"]), Recipe())
+    model = make(*tensors(indices["train"]))
     for part, index in indices.items():
         right, loss = accuracy(model, *tensors(index))
         print(f"{part:10} {len(index):4} images  accuracy {right:.4f}  cross-entropy {loss:.4f}")
     options.output.mkdir(parents=True, exist_ok=True)
     write(model, options.output)
+    return options.output
+
+
+def main() -> None:
+    """Train the ViT and write its files, and the digits beside them."""
+    folder = command(__doc__, FOLDER, lambda images, labels: train(images, labels, Recipe()))
+    data.write(folder / "digits.npz")
 
 
 if __name__ == "__main__":
