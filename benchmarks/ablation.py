@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import WORK, table, uniform, write
-from benchmarks.smollm2 import PUBLISHED, kept, ours
+from benchmarks.common import WORK, kept_share, table, uniform, write
+from benchmarks.smollm2 import PUBLISHED, ours
 from lrcompile import LowRank
 from lrcompile.data import Batches
 from lrcompile.files import sha256
@@ -73,7 +73,7 @@ def main() -> None:
             line = lines.setdefault(name, Line(name))
             line.ratios.append(gap)
             line.shares.append(1 - gap / published)
-            line.keeps.append(kept(path, dense))
+            line.keeps.append(kept_share(path, dense))
             line.hashes.append(sha256(path)[:12])
             print(draw, *line.cells(), flush=True)
             _write(list(lines.values()))

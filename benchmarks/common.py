@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lrcompile import LowRank
+from lrcompile import LowRank, measure
 from lrcompile.backends.onnxruntime import OnnxRuntime
 from lrcompile.data import Batches
 from lrcompile.files import AtomicSet
@@ -100,6 +100,18 @@ def uniform(
     with AtomicSet(out, force=True) as files:
         OnnxRuntime().build(graph, out=files)
     return files.target
+
+
+def ratio_text(timing: measure.Timing | None) -> str:
+    """A measured ratio with its interval; a dash where something did not run."""
+    return "—" if timing is None else f"{timing.ratio:.3f} [{timing.low:.3f}, {timing.high:.3f}]"
+
+
+def kept_share(path: Path, dense: Path) -> str:
+    """Share of the values of the linears that the file stores: the rest of the model is the same in both."""
+    before, after = OnnxGraph.load(dense), OnnxGraph.load(path)
+    values = sum(site.shape[0] * site.shape[1] for site in before.linear_sites() if not site.frozen)
+    return f"{1 - (before.parameters - after.parameters) / values:.4f}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

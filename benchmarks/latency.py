@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import WORK, table, write
+from benchmarks.common import WORK, ratio_text, table, write
 from lrcompile import Budget, LowRank, Options, Pipeline, measure, zoo
 from lrcompile.backends.onnxruntime import OnnxRuntime
 from lrcompile.budget import COSTS
@@ -157,7 +157,7 @@ def _reached(one: Setting, dense: Path, data: Sequence, path: Path, target: floa
         return [one.label, target, "—", f"refused: {error.message}", "—"]
     timing = _timed(one, dense, out, path)
     own = result.report.budget["latency"].reached or float("nan")
-    return [one.label, target, _ratio(timing), f"{own:.3f}", sha256(out)[:12]]
+    return [one.label, target, ratio_text(timing), f"{own:.3f}", sha256(out)[:12]]
 
 
 def _predictions(one: Setting, dense: Path, data: Sequence, path: Path) -> Iterator[list[object]]:
@@ -170,7 +170,7 @@ def _predictions(one: Setting, dense: Path, data: Sequence, path: Path) -> Itera
         chosen = planned.again(room)
         expected = float(chosen.expected[COSTS.index("latency")])
         timing = _timed(one, dense, _built(chosen), path)
-        yield [one.label, f"{expected:.3f}", _ratio(timing), f"{expected / timing.ratio - 1:+.3f}"]
+        yield [one.label, f"{expected:.3f}", ratio_text(timing), f"{expected / timing.ratio - 1:+.3f}"]
 
 
 def _built(planned: Planned) -> Path:
@@ -191,7 +191,3 @@ def _timed(one: Setting, dense: Path, file: Path, path: Path) -> measure.Timing:
     if found is None:
         raise SystemExit(f"{file} does not run")
     return found
-
-
-def _ratio(timing: measure.Timing) -> str:
-    return f"{timing.ratio:.3f} [{timing.low:.3f}, {timing.high:.3f}]"

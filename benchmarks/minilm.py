@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import WORK, Child, run, table, uniform, write
+from benchmarks.common import WORK, Child, kept_share, ratio_text, run, table, uniform, write
 from lrcompile import Budget, LowRank, Options, measure, optimize
 from lrcompile.data import Batches
 from lrcompile.files import sha256
@@ -131,23 +131,12 @@ def _line(row: Row, dense: Path, reference: np.ndarray, feeds: dict[tuple[int, i
     scores = minilm.scores(FileSession(str(row.path)).run, reference)
     sample = dict(np.load(feeds[1, 128]))
     macs = OnnxGraph.load(row.path).macs(sample) / OnnxGraph.load(dense).macs(sample)
-    ratios = [_ratio(measure.time_files([dense, row.path], path, seconds=SECONDS)) for path in feeds.values()]
+    ratios = [ratio_text(measure.time_files([dense, row.path], path, seconds=SECONDS)) for path in feeds.values()]
     peak = measure.peak_memory(row.path, feeds[1, 128]) or 0
     quality = [f"{scores[name]:.4f}" for name in ("cosine", "relative_l2", "lee50_pearson", "wordsim353_spearman")]
     size = f"{row.path.stat().st_size / 2**20:.1f}"
-    kept = "1" if row.keep is None else _kept(row.path, dense)
+    kept = "1" if row.keep is None else kept_share(row.path, dense)
     return [row.name, kept, *quality, size, f"{macs:.3f}", *ratios, f"{peak / 2**20:.0f}", sha256(row.path)[:12]]
-
-
-def _kept(path: Path, dense: Path) -> str:
-    """Share of the linears' values that the file stores: the rest of the model is the same in both."""
-    before, after = OnnxGraph.load(dense), OnnxGraph.load(path)
-    values = sum(site.shape[0] * site.shape[1] for site in before.linear_sites() if not site.frozen)
-    return f"{1 - (before.parameters - after.parameters) / values:.4f}"
-
-
-def _ratio(timing: measure.Timing | None) -> str:
-    return "—" if timing is None else f"{timing.ratio:.3f} [{timing.low:.3f}, {timing.high:.3f}]"
 
 
 def _through_module(keep: float, data: tuple[Path, Path], reference: np.ndarray, file: Path) -> list[str]:
@@ -188,9 +177,9 @@ def _model_line(row: Row, name: str, feeds: Path) -> list[object]:
     drift = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
     quality = [f"{digits_vit.metric(session.run)['accuracy']:.4f}", f"{cosine.mean():.4f}", f"{drift:.4f}"]
     macs = OnnxGraph.load(row.path).macs(sample) / OnnxGraph.load(dense).macs(sample)
-    timing = _ratio(measure.time_files([dense, row.path], feeds, seconds=SECONDS))
+    timing = ratio_text(measure.time_files([dense, row.path], feeds, seconds=SECONDS))
     peak = measure.peak_memory(row.path, feeds) or 0
-    kept = "1" if row.keep is None else _kept(row.path, dense)
+    kept = "1" if row.keep is None else kept_share(row.path, dense)
     size = f"{row.path.stat().st_size / 2**10:.1f}"
     return [row.name, kept, *quality, size, f"{macs:.3f}", timing, f"{peak / 2**20:.0f}", sha256(row.path)[:12]]
 

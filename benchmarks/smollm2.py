@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.common import WORK, table, uniform, write
+from benchmarks.common import WORK, kept_share, ratio_text, table, uniform, write
 from benchmarks.saes import saes
 from benchmarks.sparse import METHODS, density, pruned
 from lrcompile import Budget, LowRank, Options, measure, optimize
@@ -198,7 +198,7 @@ def _line(row: Row, dense: Row, published: Row | None) -> list[object]:
     sample = {"input_ids": smollm2.evaluation(3, 512)[0]["input_ids"][:1]}
     np.savez(feeds, **sample)  # pyright: ignore[reportArgumentType]
     domains = row.loss.reshape(len(texts.EVALUATION), -1).mean(1)
-    share_kept = "—" if row.method is None else kept(row.path, dense.path)
+    share_kept = "—" if row.method is None else kept_share(row.path, dense.path)
     share_kept = share_kept if row.keep is None else f"{row.keep:.4f}"
     size = row.size or row.path.stat().st_size
     macs = OnnxGraph.load(row.path).macs(sample) / OnnxGraph.load(dense.path).macs(sample)
@@ -214,9 +214,4 @@ def _line(row: Row, dense: Row, published: Row | None) -> list[object]:
 
 def _ratio(files: list[Path], feeds: Path, threads: int) -> str:
     timing = measure.time_files(files, feeds, seconds=SECONDS, threads=threads)
-    return "—" if timing is None else f"{timing.ratio:.3f} [{timing.low:.3f}, {timing.high:.3f}]"
-
-
-def kept(path: Path, dense: Path) -> str:
-    before, after = OnnxGraph.load(dense), OnnxGraph.load(path)
-    return f"{1 - (before.parameters - after.parameters) / smollm2.LINEARS:.4f}"
+    return ratio_text(timing)
