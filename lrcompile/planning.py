@@ -24,6 +24,7 @@ from lrcompile.errors import UnsupportedError, UsageError
 from lrcompile.graphs.base import Graph, Inputs
 from lrcompile.linop import Cost
 from lrcompile.memory import release
+from lrcompile.order import Region, pivot_rows
 from lrcompile.progress import Progress, Watched
 from lrcompile.rewrite import Context, LinearPass, Proposal
 from lrcompile.samples import Thinned, unmasked
@@ -163,7 +164,15 @@ def plan(
     moments = statistics(graph, sites, data, settings, tell)
     sites, left = _refreeze(graph, sites, left)
     gradients, told = importance(graph, sites, data, settings, tell)
-    context = Context(graph, moments, align=settings.align, seed=settings.seed, gradients=gradients.moments, notes=told)
+    context = Context(
+        graph,
+        moments,
+        align=settings.align,
+        seed=settings.seed,
+        gradients=gradients.moments,
+        notes=told,
+        pivots=free_pivots(graph),
+    )
     release(now=True)
     tell("decomposing")
     offers = {site.name: _offers(site, passes, context) for site in sites}
@@ -277,6 +286,12 @@ def _probe(site: LinearSite, proposals: Sequence[Proposal]) -> Proposal:
     """The proposal nearest to the probe's size: small enough to hurt measurably, not beyond recognition."""
     before = site_cost(site).parameters
     return min(proposals, key=lambda p: abs(p.cost.parameters / before - PROBE_KEEP))
+
+
+def free_pivots(graph: Graph) -> dict[str, slice]:
+    """By site, the outputs that an identity may take without a step that puts all of them in order."""
+    regions: Callable[[], Sequence[Region]] = getattr(graph, "regions", tuple)  # a graph with nodes has it
+    return pivot_rows(regions())
 
 
 def positions(graph: Graph, sites: Sequence[LinearSite], sample: Inputs | None) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,15 +125,22 @@ def describe_calibration(run: Run, *, lossy: bool) -> None:
 # -- rewriting ---------------------------------------------------------------------------------
 
 
-def apply_exact(run: Run, passes: Sequence[GraphPass], context: Context, lossy: float | None = None) -> int:
+def apply_exact(
+    run: Run,
+    passes: Sequence[GraphPass],
+    context: Context,
+    lossy: float | None = None,
+    before: Callable[[Inputs], Outputs] | None = None,
+) -> int:
     """Applies graph passes one by one; one whose result differs is taken back. Returns the rewrites.
 
     Args:
         lossy: largest drift of a pass that does not claim to be exact; the gate measures it again.
+        before: computes what the results are compared with; by default the model as it came.
     """
     total = 0
-    batch = next(iter(run.evaluation)) if run.evaluation is not None else run.sample
-    reference = None if batch is None else run.graph.run(batch)
+    batch = _batch(run)
+    reference = None if batch is None else (before or run.graph.run)(batch)
     if reference is None and passes:
         run.report.notes.append("exact rewrites were checked by structure only: no inputs could be made up")
     for each in passes:
@@ -156,15 +163,35 @@ def apply_exact(run: Run, passes: Sequence[GraphPass], context: Context, lossy: 
     return total
 
 
+def _batch(run: Run) -> Inputs | None:
+    """What rewrites that promise the same outputs are tried on."""
+    return next(iter(run.evaluation)) if run.evaluation is not None else run.sample
+
+
+def apply_following(run: Run, passes: Sequence[GraphPass], seed: int) -> None:
+    """Applies exact passes that tidy up behind replaced weights, compared with the model before them."""
+    if not passes:
+        return
+    _forget(run.report, passes)
+    built = run.backend.build(run.graph)
+    apply_exact(run, passes, Context(run.graph, align=run.backend.align, seed=seed), before=built.run)
+    built.release()
+
+
+def _forget(report: record.Report, passes: Sequence[GraphPass]) -> None:
+    """Takes out what passes that run again for every choice have reported."""
+    names, titles = {str(each) for each in passes}, tuple(f"{each.name}: " for each in passes)
+    report.passes = [each for each in report.passes if each.name not in names]
+    report.notes = [note for note in report.notes if not note.startswith(titles)]
+
+
 def apply_late(run: Run, passes: Sequence[GraphPass], seed: int) -> tuple[Graph, int]:
     """Applies passes over the nodes of the result to a copy with all sites written out; returns it and the rewrites."""
     if not passes:
         return run.graph, 0
-    names = {str(each) for each in passes}
     titles = tuple(f"{each.name}: " for each in passes)
     report = run.report  # another choice before has left its marks
-    report.passes = [each for each in report.passes if each.name not in names]
-    report.notes = [note for note in report.notes if not note.startswith(titles)]
+    _forget(report, passes)
     given = run.sample if run.calibration is not None or run.evaluation is not None else None
     graph = run.backend.finished(run.graph)
     context = Context(graph, align=run.backend.align, seed=seed, sample=given)

@@ -15,7 +15,7 @@ from lrcompile.costs import Shape, described
 from lrcompile.graphs.base import Graph, Inputs
 from lrcompile.linop import Dense, LinearOperator, map_leaves
 from lrcompile.linop.tree import own_tensors
-from lrcompile.planning import positions
+from lrcompile.planning import free_pivots, positions
 from lrcompile.rewrite import Context, LinearPass, Proposal, outline, storage_dtype
 from lrcompile.sites import LinearSite, Window
 
@@ -166,7 +166,7 @@ def representatives(
     graph: Graph, sites: Sequence[LinearSite], passes: Sequence[LinearPass], feed: Inputs, align: int
 ) -> dict[str, Offer]:
     """Offers for one site of every shape, without statistics: the structures are the same with them."""
-    context = Context(graph, align=align, trial=True)
+    context = Context(graph, align=align, pivots=free_pivots(graph), trial=True)
     vectors, offers, seen = positions(graph, sites, feed), {}, set()
     for site in sites:
         shape = shape_of(graph.original(site.name), vectors[site.name])
