@@ -62,13 +62,13 @@ def main() -> None:
     """Draw by draw; the table is written anew after each file."""
     WORK.mkdir(parents=True, exist_ok=True)
     dense = exported("smollm2")
-    base = _losses(dense)
+    base = losses(dense)
     lines: dict[str, Line] = {}
     for draw in DRAWS:
         published = 1.0
         for name, make in _ways(dense, draw):
             path = make()
-            gap = _losses(path) - base
+            gap = losses(path) - base
             published = gap if name == _PUBLISHED else published
             line = lines.setdefault(name, Line(name))
             line.ratios.append(gap)
@@ -95,7 +95,7 @@ def _ways(dense: Path, draw: int) -> Iterator[tuple[str, Callable[[], Path]]]:
         yield name, lambda each=each: ours(dense, each, KEEP, data, settings, out)
 
 
-def _losses(path: Path) -> float:
+def losses(path: Path) -> float:
     """Mean of the domains' mean surprisals, in nats."""
     run = FileSession(str(path)).run
     share, length = smollm2.EVALUATION[0] // len(texts.EVALUATION), smollm2.EVALUATION[1]
