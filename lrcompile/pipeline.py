@@ -237,7 +237,7 @@ class Pipeline:
         linear = [each for each in self.passes if isinstance(each, LinearPass)]
         if not linear:
             raise UsageError("a budget needs a pass that makes weights smaller", hint="for instance low-rank")
-        return stages.make_plan(run, linear, self.budget)
+        return stages.make_plan(run, linear, self.budget, absorbs=self.exact)
 
     def _finish(self, run: stages.Run, rewrites: int, out: Path | None, start: float) -> Result:
         report = run.report

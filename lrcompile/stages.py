@@ -241,7 +241,7 @@ def _rounding(outputs: Outputs) -> float:
     return max((verify.EXACT[name] for name in names if name in verify.EXACT), default=verify.EXACT["float32"])
 
 
-def make_plan(run: Run, passes: Sequence[LinearPass], budget: Budget) -> Planned:
+def make_plan(run: Run, passes: Sequence[LinearPass], budget: Budget, *, absorbs: bool) -> Planned:
     """Statistics, proposals, scales and the allocator's choice."""
     start = time.monotonic()
     came, now = _sizes(run)
@@ -256,6 +256,7 @@ def make_plan(run: Run, passes: Sequence[LinearPass], budget: Budget) -> Planned
         now=now,
         sample=run.sample,
         price=timing.pricer(run, budget),
+        absorbs=absorbs,
         tell=run.tell,
     )
     run.planned, run.linear, run.planning = planned, passes, time.monotonic() - start

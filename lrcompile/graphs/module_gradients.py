@@ -22,9 +22,12 @@ Rows = tuple[list[tuple[str, Tensor]], bool]
 
 
 def gradients(
-    model: nn.Module, batches: Iterable[Inputs], founds: Mapping[str, Found], *, memory: int, seed: int
+    model: nn.Module, batches: Iterable[Inputs], founds: Mapping[str, Found], *, memory: int, seed: int, whole: bool
 ) -> Importance:
     """Moments of gradients (see :mod:`lrcompile.sketch`) at what each site gives, by the keys of ``founds``.
+
+    Args:
+        whole: the model takes batches of one size only.
 
     Raises:
         UnsupportedError: the model cannot be differentiated.
@@ -34,7 +37,7 @@ def gradients(
     for group in groups({name: found.site.shape[0] for name, found in founds.items()}, memory):
         collector = Collector()
         chosen = {name: founds[name] for name in group}
-        for index, piece in enumerate(_singles(batches)):
+        for index, piece in enumerate(batches if whole else _singles(batches)):
             found, tokens = _rows(model, piece, chosen, seed + index)
             for name, rows in found:
                 collector.add(name, rows, 1)

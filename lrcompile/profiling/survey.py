@@ -166,7 +166,7 @@ def representatives(
     graph: Graph, sites: Sequence[LinearSite], passes: Sequence[LinearPass], feed: Inputs, align: int
 ) -> dict[str, Offer]:
     """Offers for one site of every shape, without statistics: the structures are the same with them."""
-    context = Context(graph, align=align, pivots=free_pivots(graph), trial=True)
+    context = Context(graph, align=align, pivots=free_pivots(graph, sites), trial=True)
     vectors, offers, seen = positions(graph, sites, feed), {}, set()
     for site in sites:
         shape = shape_of(graph.original(site.name), vectors[site.name])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import onnx_ir as ir
 from torch import Tensor
 
+from lrcompile.graphs.channels import Finder, Walk
 from lrcompile.graphs.onnx.constants import constant
 from lrcompile.graphs.onnx.match import Match
 from lrcompile.graphs.onnx.operators import ELEMENTWISE
@@ -32,10 +33,9 @@ class OnnxRegion(Region):
 
 
 def regions(graph: ir.Graph, sites: Sites) -> list[OnnxRegion]:
-    """All regions, by their first writer; linear in the size of the graph."""
-    finder = _Finder(graph, sites)
-    found = (finder.around(name) for name in finder.matches)
-    return [region for region in found if region is not None]
+    """All regions, by their first writer."""
+    finder = _OnnxFinder(graph, sites)
+    return [OnnxRegion(*w.sorted(finder.places), w.size, tuple(w.constants)) for w in finder.walks()]
 
 
 def reordered(model: ir.Model, orders: Sequence[tuple[OnnxRegion, Tensor]]) -> ir.Model:
@@ -56,101 +56,53 @@ def reordered(model: ir.Model, orders: Sequence[tuple[OnnxRegion, Tensor]]) -> i
     return clone
 
 
-@dataclass(eq=False)
-class _Walk:
-    """What is found around one value."""
-
-    size: int
-    values: dict[int, ir.Value]
-    waiting: list[ir.Value]
-    writers: set[str] = field(default_factory=set)
-    readers: set[str] = field(default_factory=set)
-    vectors: list[tuple[ir.Node, int]] = field(default_factory=list)
-    fits: bool = True
-
-    def join(self, value: ir.Value) -> None:
-        if id(value) not in self.values:
-            self.values[id(value)] = value
-            self.waiting.append(value)
-
-    def constant(self, node: ir.Node, index: int, tensor: ir.TensorProtocol) -> None:
-        """Takes note of a constant beside the channels: one number for all of them, or for each."""
-        width = tensor.shape[-1] if len(tensor.shape) else 1
-        if width == self.size:
-            self.vectors.append((node, index))
-        elif width != 1:
-            self.fits = False
-
-
-class _Finder:
-    """Walks from what a site computes to everything whose channels must keep its order."""
+class _OnnxFinder(Finder[ir.Value]):
+    """Regions of one graph; bodies of its nodes see every order."""
 
     def __init__(self, graph: ir.Graph, sites: Sites) -> None:
         self.graph = graph
         self.matches = {name: matches[0] for name, (site, matches) in sites.items() if _movable(site, matches)}
-        self.places = {name: place for place, name in enumerate(self.matches)}
-        self.ends = {id(_end(match)): name for name, match in self.matches.items()}
         self.owners = {id(node): name for name, match in self.matches.items() for node in match.nodes}
-        self.seen: set[int] = set()
+        super().__init__({name: _end(match) for name, match in self.matches.items()})
 
-    def around(self, name: str) -> OnnxRegion | None:
-        """The region that a site writes, where it is one and was not met before."""
+    def channels(self, name: str) -> int:
+        return self.matches[name].operator.shape[0]
+
+    def written(self, name: str, walk: Walk[ir.Value]) -> None:
         match = self.matches[name]
-        end = _end(match)
-        if id(end) in self.seen:
-            return None
-        walk = _Walk(match.operator.shape[0], {id(end): end}, [end])
-        while walk.waiting:  # on and on, even where it fits no more: so that nothing is walked twice
-            value = walk.waiting.pop()
-            walk.fits = walk.fits and not value.is_graph_output()
-            self._behind(value, walk)
-            self._ahead(value, walk)
-        self.seen.update(walk.values)
-        if not (walk.fits and walk.writers and walk.readers and walk.size > 1):
-            return None
-        writers, readers = (tuple(sorted(names, key=self.places.__getitem__)) for names in (walk.writers, walk.readers))
-        return OnnxRegion(writers, readers, walk.size, tuple(walk.vectors))
+        if match.bias is not None:
+            node = match.adder or match.nodes[-1]
+            self._operand(node, next(i for i, given in enumerate(node.inputs) if given is match.bias), walk)
 
-    def _behind(self, value: ir.Value, walk: _Walk) -> None:
-        """What computes a value."""
-        name = self.ends.get(id(value))
+    def behind(self, value: ir.Value, walk: Walk[ir.Value]) -> None:
         node = value.producer()
-        if name is not None:
-            match = self.matches[name]
-            walk.writers.add(name)
-            walk.fits = walk.fits and match.operator.shape[0] == walk.size
-            self._bias(match, walk)
-        elif node is None or not self._elementwise(node):
-            walk.fits = False
-        else:
-            for index, given in enumerate(node.inputs):
-                tensor = constant(given)
-                if tensor is not None:
-                    walk.constant(node, index, tensor)
-                elif given is not None and not _single(given):
-                    walk.join(given)
+        walk.require(node is not None and self._elementwise(node))
+        for index in range(len(node.inputs)) if node is not None and walk.fits else ():
+            self._operand(node, index, walk)
 
-    def _bias(self, match: Match, walk: _Walk) -> None:
-        tensor = constant(match.bias)
-        if match.bias is None:
-            return
-        node = match.adder or match.nodes[-1]
-        if tensor is None:
-            walk.fits = False
-        else:
-            walk.constant(node, next(i for i, given in enumerate(node.inputs) if given is match.bias), tensor)
+    def _operand(self, node: ir.Node, index: int, walk: Walk[ir.Value]) -> None:
+        """An operand: one number for all channels, one for each, or a value of the region."""
+        value = node.inputs[index]
+        tensor = constant(value)
+        if tensor is not None:
+            width = tensor.shape[-1] if len(tensor.shape) else 1
+            walk.require(width in (1, walk.size))
+            if width == walk.size:
+                walk.constants.append((node, index))
+        elif value is not None and not _single(value):
+            walk.join(value)
 
-    def _ahead(self, value: ir.Value, walk: _Walk) -> None:
-        """What reads a value."""
+    def ahead(self, value: ir.Value, walk: Walk[ir.Value]) -> None:
+        walk.require(not value.is_graph_output())
         for user, index in value.uses():
             name = self.owners.get(id(user))
-            if name is not None and self.matches[name].source is value and (index == 0 or self._elementwise(user)):
-                walk.readers.add(name)
-                walk.fits = walk.fits and self.matches[name].operator.shape[1] == walk.size
-            elif name is None and self._elementwise(user):
+            if name is None and self._elementwise(user):
                 walk.join(user.outputs[0])
-            else:
+            elif name is None or self.matches[name].source is not value or (index and not self._elementwise(user)):
                 walk.fits = False
+            else:
+                walk.readers.add(name)
+                walk.require(self.matches[name].operator.shape[1] == walk.size)
 
     def _elementwise(self, node: ir.Node) -> bool:
         kind = ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
