@@ -251,3 +251,25 @@ def test_no_gauge_is_chosen_that_nothing_would_absorb() -> None:
     result = Pipeline([LowRank()], Budget(keep=0.85), options, exact=False).run(net(), data)
     assert result.planned is not None
     assert not any(choice.proposal.form for choice in result.planned.choices if choice.proposal is not None)
+
+
+def test_a_long_residual_stream_is_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer adds to one stream that a norm reads: no walk starts anew for each of them."""
+    from lrcompile.graphs.onnx.channels import _OnnxFinder
+
+    steps: list[int] = []
+    ahead = _OnnxFinder.ahead
+    monkeypatch.setattr(_OnnxFinder, "ahead", lambda self, value, walk: (steps.append(1), ahead(self, value, walk))[1])
+    counts = []
+    for layers in (8, 32):
+        nodes, last = [], "x"
+        for place in range(layers):
+            nodes += [node("Softmax", last, f"n{place}"), node("MatMul", f"n{place} w{place}", f"m{place}"),
+                      node("Add", f"{last} m{place}", f"s{place}")]  # fmt: skip
+            last = f"s{place}"
+        weights = {f"w{place}": weight(16, 16, place) for place in range(layers)}
+        graph = OnnxGraph.from_proto(model(nodes, {"x": ("n", 16)}, {last: ("n", 16)}, weights, dtype=np.float16))
+        steps.clear()
+        assert graph.regions() == []
+        counts.append(len(steps))
+    assert counts[1] <= 4 * counts[0]

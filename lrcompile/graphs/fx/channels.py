@@ -36,8 +36,10 @@ class _FxFinder(Finder[fx.Node]):
         return self.founds[name].site.shape[0]
 
     def behind(self, value: fx.Node, walk: Walk[fx.Node]) -> None:
-        walk.require(_elementwise(value))
-        for operand in value.all_input_nodes if walk.fits else ():
+        if not _elementwise(value):
+            walk.fits = False
+            return
+        for operand in value.all_input_nodes:
             if _width(operand) != 1:
                 walk.join(operand)
 

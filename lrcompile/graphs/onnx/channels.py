@@ -76,8 +76,10 @@ class _OnnxFinder(Finder[ir.Value]):
 
     def behind(self, value: ir.Value, walk: Walk[ir.Value]) -> None:
         node = value.producer()
-        walk.require(node is not None and self._elementwise(node))
-        for index in range(len(node.inputs)) if node is not None and walk.fits else ():
+        if node is None or not self._elementwise(node):
+            walk.fits = False
+            return
+        for index in range(len(node.inputs)):
             self._operand(node, index, walk)
 
     def _operand(self, node: ir.Node, index: int, walk: Walk[ir.Value]) -> None:
