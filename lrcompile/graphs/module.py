@@ -264,7 +264,10 @@ class ModuleGraph:
                 self.model, batches, founds, memory=memory, seed=seed, whole=self._whole_batches
             )
 
-    _whole_batches: ClassVar[bool] = False  # whether a batch cannot be taken apart
+    @property
+    def _whole_batches(self) -> bool:
+        """Whether a batch cannot be taken apart."""
+        return False
 
     def macs(self, sample: Inputs) -> int:
         """Multiply–accumulates of all matrix products, convolutions and attention on ``sample``."""
