@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.ablation import losses
 from benchmarks.common import WORK, kept_share, table, write
-from benchmarks.saes import Factorise, Factors, calibration, sequential
+from benchmarks.saes import Factorise, Factors, calibration, saes, sequential
 from lrcompile import Budget, LowRank
 from lrcompile.backends.onnxruntime import OnnxRuntime
 from lrcompile.data import Batches
@@ -34,7 +34,8 @@ _HEAD = f"""Keep {KEEP} of the values of 210 decoder linears, at the ranks and f
 calibration data. Static: factors for what each layer reads in the uncompressed model, as lrcompile makes them. The
 other rows walk through the layers: each is fitted to what it reads once all before it are compressed (moments H of
 x), in the same metric of the outputs, for the target `W + β W Δ (H + {RIDGE} diag H)⁻¹` with Δ = E[(x_f − x) xᵀ]; x_f
-is what it reads in the uncompressed model. β 0 is the weight itself."""
+is what it reads in the uncompressed model. β 0 is the weight itself. SAES-SVD (arXiv 2602.03051) walks with a target
+of its own, two plain factors, and ranks of equal shares."""
 
 
 def main() -> None:
@@ -62,6 +63,8 @@ def _made(dense: Path) -> Iterator[tuple[str, Path, float]]:
     for name, way in ways.items():
         start, found = time.monotonic(), way()
         yield name, _written(graph, chosen, found), time.monotonic() - start
+    start = time.monotonic()
+    yield "SAES-SVD as published, uniform ranks", saes(dense, KEEP, WORK / "saes.onnx"), time.monotonic() - start
 
 
 def _factorise(context: Context, chosen: Mapping[str, tuple[LinearSite, Proposal]], beta: float) -> Factorise:
