@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +11,7 @@ from torch import Tensor
 from benchmarks.anchored import RIDGE, anchored
 from benchmarks.saes import CLAMP, aces, energies, factors, lost, roots, sequential, uniform, uniform_rank
 from lrcompile.spectrum import spectrum
+from tests.graphs.modules import llama
 
 
 def streams(seed: int, out: int, into: int, tokens: int = 200) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -78,16 +77,6 @@ def test_is_the_best_of_its_rank_for_the_anchored_target(seed: int, out: int, in
     assert loss(left @ right) <= loss(unaware[0] @ unaware[1]) * (1 + 1e-9)
     nudged = loss(left @ (right + 1e-3 * torch.randn(right.shape, generator=torch.Generator().manual_seed(seed))))
     assert loss(left @ right) <= nudged * (1 + 1e-9)
-
-
-def llama(seed: int = 0) -> Any:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
 def test_every_linear_of_a_model_gets_factors_of_its_budget() -> None:
