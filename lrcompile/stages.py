@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lrcompile import costs, timing, verify
 from lrcompile.budget import Budget
 from lrcompile.choices import Choice, Planned
@@ -23,9 +25,13 @@ from lrcompile.planning import plan
 from lrcompile.profiling.prices import Prices
 from lrcompile.progress import Progress
 from lrcompile.report import machine, record, versions
-from lrcompile.rewrite import Context, GraphPass, LinearPass, Outcome, Proposal, Refused, Rewritten
+from lrcompile.rewrite import Context, GraphPass, LinearPass, Outcome, Proposal, Refused, Rewritten, storage_dtype
 from lrcompile.samples import first_sample, sample_inputs
 from lrcompile.sites import LinearSite
+
+GROWN = 16
+"""Rounding of half precision grows through the layers of a model: so many times its spacing are no sign of a mistake
+where sums are taken in another order, while a channel in the wrong place changes the outputs by their own size."""
 
 
 @dataclass(eq=False)
@@ -131,12 +137,14 @@ def apply_exact(
     context: Context,
     lossy: float | None = None,
     before: Callable[[Inputs], Outputs] | None = None,
+    rounding: float | None = None,
 ) -> int:
     """Applies graph passes one by one; one whose result differs is taken back. Returns the rewrites.
 
     Args:
         lossy: largest drift of a pass that does not claim to be exact; the gate measures it again.
         before: computes what the results are compared with; by default the model as it came.
+        rounding: largest drift of a pass that does; by default what the type of the outputs bears.
     """
     total = 0
     batch = _batch(run)
@@ -149,7 +157,7 @@ def apply_exact(
         outcomes, reason = _applied(each, run.graph, context)
         done = [outcome for outcome in outcomes if isinstance(outcome, Rewritten)]
         if reason is None and (done or run.graph.journal.mark() != mark):  # what a pass does not admit counts too
-            reason, now = _differs(run, batch, reference, None if each.exact else lossy)
+            reason, now = _differs(run, batch, reference, rounding if each.exact else lossy)
             if reason is None and not each.exact:
                 reference = now  # what follows is measured against it
         if reason is not None:
@@ -174,7 +182,9 @@ def apply_following(run: Run, passes: Sequence[GraphPass], seed: int) -> None:
         return
     _forget(run.report, passes)
     built = run.backend.build(run.graph)
-    apply_exact(run, passes, Context(run.graph, align=run.backend.align, seed=seed), before=built.run)
+    context = Context(run.graph, align=run.backend.align, seed=seed)
+    noise = max(torch.finfo(storage_dtype(site.operator)).eps for site in run.graph.linear_sites())
+    apply_exact(run, passes, context, before=built.run, rounding=max(verify.EXACT["float32"], GROWN * noise))
     built.release()
 
 

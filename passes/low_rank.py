@@ -193,12 +193,14 @@ class LowRank(LinearPass):
         return self._replacement(site, context, self._stored(site, context, *analysed.factors(rank), form))
 
     def _stored(self, site: LinearSite, context: Context, left: Tensor, right: Tensor, form: str) -> LinearOperator:
-        dtype = storage_dtype(site.operator)
+        dtype, rows = storage_dtype(site.operator), ALL
         if not form:
             return low_rank(left.to(dtype).contiguous(), right.to(dtype).contiguous())
-        if form == GAUGE and context.trial and permuted(dtype):
-            return leading(left, right, dtype)  # as it stands once its permutation is absorbed
-        return identity_gauge(left, right, dtype, context.pivots.get(site.name, ALL) if form == GAUGE else ALL)
+        if form == GAUGE and permuted(dtype):
+            if context.trial:
+                return leading(left, right, dtype)  # as it stands once its permutation is absorbed
+            rows = context.pivots[site.name]
+        return identity_gauge(left, right, dtype, rows)
 
     def _replacement(self, site: LinearSite, context: Context, operator: LinearOperator) -> Replacement:
         shift: Tensor | None = None

@@ -14,6 +14,7 @@ from lrcompile import Budget, LowRank, Options, Pipeline
 from lrcompile.graphs.module import ModuleGraph
 from lrcompile.graphs.onnx.graph import OnnxGraph
 from lrcompile.linop import Select, leaves
+from lrcompile.order import with_columns
 from lrcompile.passes.absorb import Absorb
 from lrcompile.planning import Settings, free_pivots
 from lrcompile.rewrite import Context, Refused, Rewritten
@@ -273,3 +274,24 @@ def test_a_long_residual_stream_is_walked_once(monkeypatch: pytest.MonkeyPatch) 
         assert graph.regions() == []
         counts.append(len(steps))
     assert counts[1] <= 4 * counts[0]
+
+
+class Shuffled(Absorb):
+    """A pass that puts channels in the wrong places."""
+
+    def apply(self, graph: Any, context: Context) -> Any:
+        outcomes = super().apply(graph, context)
+        site = sites(graph)["down"]
+        graph.replace(site, with_columns(site.operator, torch.arange(INNER).roll(1)))
+        return outcomes
+
+
+def test_a_wrong_order_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rounding that half precision is allowed hides no mistake; what was chosen stays, with its permutation."""
+    monkeypatch.setattr("lrcompile.passes.absorb.Absorb", Shuffled)
+    data = [{"x": normal(1, 40, WIDTH, seed=seed, dtype=np.float16)} for seed in range(12)]
+    options = Options(max_drift=0.5, latency=False, settings=Settings(align=4))
+    result = Pipeline([LowRank()], Budget(keep=0.85), options).run(net(), data)
+    record = next(each for each in result.report.passes if each.name == "absorb")
+    assert record.rewritten == 0 and record.rolled_back is not None
+    assert any(isinstance(leaf, Select) for site in result.graph.linear_sites() for leaf in leaves(site.operator))
