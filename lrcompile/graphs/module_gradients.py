@@ -15,6 +15,7 @@ from lrcompile.errors import UnsupportedError
 from lrcompile.graphs.base import Inputs
 from lrcompile.graphs.module_run import bind, call, evaluating, named_outputs
 from lrcompile.graphs.module_sites import Found, Reader
+from lrcompile.graphs.module_widened import widened
 from lrcompile.sketch import Importance, direction
 
 Rows = tuple[list[tuple[str, Tensor]], bool]
@@ -62,7 +63,7 @@ def _rows(model: nn.Module, piece: Any, founds: Mapping[str, Found], seed: int) 
     tensors = {name: value for name, value in bind(model, piece)[1].items() if isinstance(value, Tensor)}
     mask = token_mask(tensors)
     taps: list[tuple[str, Reader, Tensor]] = []
-    with ExitStack() as stack, evaluating(model, inference=False), torch.enable_grad():
+    with ExitStack() as stack, evaluating(model, inference=False), torch.enable_grad(), widened(model):
         for name, found in founds.items():
             for reader in found.readers:
                 _tap(stack, name, reader, taps)
