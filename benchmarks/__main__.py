@@ -6,9 +6,9 @@ import importlib
 import sys
 
 NAMES = (
-    "startup", "raising", "conformance", "minilm", "latency", "smollm2", "smollm2_module", "ablation", "joint",
-    "decode", "degridded", "planning", "wide_layer", "dispatch", "compile", "regional", "schedule", "tile_rules",
-    "mcu", "mcu_planner", "mcu_conformance",
+    "startup", "raising", "conformance", "minilm", "latency", "smollm2", "smollm2_module", "ablation", "anchored",
+    "joint", "half", "decode", "degridded", "planning", "wide_layer", "dispatch", "compile", "regional",
+    "schedule", "tile_rules", "mcu", "mcu_planner", "mcu_conformance",
 )  # fmt: skip
 
 

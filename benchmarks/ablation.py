@@ -1,18 +1,19 @@
 """SmolLM2 with each ingredient left out, over three draws of the calibration data: quality only.
 
-``LRCOMPILE_DRAWS=0,1 python -m benchmarks ablation``: some of the draws.
+``LRCOMPILE_DRAWS=0,1 python -m benchmarks ablation``: some of the draws. A draw is kept in the cache folder once it is
+there, and the table shows all draws that the same code measured on the same machine, so that runs may be short.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from benchmarks.common import WORK, kept_share, table, uniform, write
+from benchmarks.common import WORK, kept, kept_share, made_by, pieces, table, uniform, write
 from benchmarks.smollm2 import PUBLISHED, ours
 from lrcompile import LowRank
 from lrcompile.data import Batches
@@ -29,7 +30,8 @@ CHANGED = {
     "with dense columns": LowRank(columns=True),
     "without the identity gauge": LowRank(gauge=False),
     "without the output side": LowRank(two_sided=False),
-    "without shrinkage": LowRank(shrink=0.0),
+    "without shrinkage of the inputs' moments": LowRank(shrink=0.0),
+    "with a fifth of it": LowRank(shrink=0.2),
     "plain SVD": LowRank(metric="plain"),
     "ASVD's metric": LowRank(metric="diagonal"),
 }
@@ -40,54 +42,42 @@ standard deviation. Share: of the log-perplexity gap that SVD-LLM as published l
 chosen by the allocator unless a row says uniform."""
 
 
-@dataclass
-class Line:
-    """One way, over the draws."""
-
-    name: str
-    ratios: list[float] = field(default_factory=list)  # log of the perplexity's ratio to dense
-    shares: list[float] = field(default_factory=list)
-    keeps: list[str] = field(default_factory=list)
-    hashes: list[str] = field(default_factory=list)
-
-    def cells(self) -> list[object]:
-        deviation = [float(np.std(np.exp(self.ratios), ddof=1))] if len(self.ratios) > 1 else []
-        shares = " ".join(f"{100 * share:.1f}%" for share in self.shares)
-        spread = f" ± {deviation[0]:.3f}" if deviation else ""
-        mean = f"{float(np.mean(np.exp(self.ratios))):.3f}{spread}"
-        return [self.name, ", ".join(sorted(set(self.keeps))), mean, shares, ", ".join(self.hashes)]
-
-
 def main() -> None:
-    """Draw by draw; the table is written anew after each file."""
+    """Draw by draw; the table is written anew after each."""
     WORK.mkdir(parents=True, exist_ok=True)
-    dense = exported("smollm2")
-    base = _losses(dense)
-    lines: dict[str, Line] = {}
+    dense, made = exported("smollm2"), made_by(__file__)
+    base = losses(dense)
     for draw in DRAWS:
-        published = 1.0
-        for name, make in _ways(dense, draw):
-            path = make()
-            gap = _losses(path) - base
-            published = gap if name == _PUBLISHED else published
-            line = lines.setdefault(name, Line(name))
-            line.ratios.append(gap)
-            line.shares.append(1 - gap / published)
-            line.keeps.append(kept_share(path, dense))
-            line.hashes.append(sha256(path)[:12])
-            print(draw, *line.cells(), flush=True)
-            _write(list(lines.values()))
+        kept("ablation", str(draw), made, list(_measured(dense, base, draw)))
+        _write(list(pieces("ablation", map(str, range(100)), made).values()))
 
 
-def _write(lines: list[Line]) -> None:
+def _measured(dense: Path, base: float, draw: int) -> Iterator[tuple[str, str, float, str]]:
+    """Name, kept share, log of the perplexity's ratio to dense, and hash of every file."""
+    for name, make in _ways(dense, draw):
+        path = make()
+        yield (found := (name, kept_share(path, dense), losses(path) - base, sha256(path)[:12]))
+        print(draw, *found, flush=True)
+
+
+def _write(draws: Sequence[Sequence[Sequence[Any]]]) -> None:
     columns = ("what", "keep", "perplexity ÷ dense", "share of SVD-LLM's gap removed, each draw", "SHA-256")
-    title = "SmolLM2: what each ingredient is worth"
-    write("ablation", title, [_HEAD, table(columns, [line.cells() for line in lines])])
+    lines = [_line([draw[row] for draw in draws], [draw[0] for draw in draws]) for row in range(len(draws[0]))]
+    write("ablation", "SmolLM2: what each ingredient is worth", [_HEAD, table(columns, lines)])
+
+
+def _line(found: Sequence[Sequence[Any]], published: Sequence[Sequence[Any]]) -> list[object]:
+    """One way, over the draws."""
+    ratios = np.exp([each[2] for each in found])
+    spread = f" ± {float(np.std(ratios, ddof=1)):.3f}" if len(ratios) > 1 else ""
+    shares = " ".join(f"{1 - one[2] / other[2]:.1%}" for one, other in zip(found, published, strict=True))
+    keeps, hashes = ", ".join(sorted({each[1] for each in found})), ", ".join(each[3] for each in found)
+    return [found[0][0], keeps, f"{float(ratios.mean()):.3f}{spread}", shares, hashes]
 
 
 def _ways(dense: Path, draw: int) -> Iterator[tuple[str, Callable[[], Path]]]:
     data, settings = Batches(smollm2.calibration(draw=draw)), Settings(cache=WORK / "cache")
-    out = WORK / "ablation.onnx"
+    out = WORK / f"ablation-{draw}.onnx"
     yield _PUBLISHED, lambda: uniform(dense, PUBLISHED, KEEP, data, settings, out)
     yield WHOLE, lambda: ours(dense, LowRank(), KEEP, data, settings, out)
     yield "the same, uniform ranks", lambda: uniform(dense, LowRank(), KEEP, data, settings, out)
@@ -95,7 +85,7 @@ def _ways(dense: Path, draw: int) -> Iterator[tuple[str, Callable[[], Path]]]:
         yield name, lambda each=each: ours(dense, each, KEEP, data, settings, out)
 
 
-def _losses(path: Path) -> float:
+def losses(path: Path) -> float:
     """Mean of the domains' mean surprisals, in nats."""
     run = FileSession(str(path)).run
     share, length = smollm2.EVALUATION[0] // len(texts.EVALUATION), smollm2.EVALUATION[1]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lrcompile import LowRank, measure
 from lrcompile.backends.onnxruntime import OnnxRuntime
@@ -112,6 +115,38 @@ def kept_share(path: Path, dense: Path) -> str:
     before, after = OnnxGraph.load(dense), OnnxGraph.load(path)
     values = sum(site.shape[0] * site.shape[1] for site in before.linear_sites() if not site.frozen)
     return f"{1 - (before.parameters - after.parameters) / values:.4f}"
+
+
+def kept(folder: str, key: str, made: Mapping[str, object], found: object) -> None:
+    """Keeps one piece of a long measurement, so that it may be made in several runs.
+
+    Args:
+        made: what it depends on, see :func:`made_by`.
+        found: anything that JSON can hold.
+    """
+    (WORK / folder).mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"made": made, "found": found})
+    (WORK / folder / f"{key}.json").write_text(text, encoding="utf-8")
+
+
+def pieces(folder: str, keys: Iterable[str], made: Mapping[str, object]) -> dict[str, Any]:
+    """The pieces that the same code has made on the same machine, of those asked for."""
+    found = {}
+    for key in keys:
+        path = WORK / folder / f"{key}.json"
+        held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if held.get("made") == json.loads(json.dumps(made)):
+            found[key] = held["found"]
+    return found
+
+
+def made_by(script: str) -> dict[str, object]:
+    """Machine, versions, and a digest of all code of this project that a benchmark's figures depend on."""
+    root = Path(__file__).parent.parent
+    folders = ("lrcompile", "passes", "backends", "models_zoo")
+    files = sorted({path.resolve() for folder in folders for path in (root / folder).rglob("*.py")})
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in [*files, Path(script)])).hexdigest()[:12]
+    return {"code": code, **machine(), **versions()}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -18,13 +18,14 @@ from lrcompile import Budget, LowRank
 from lrcompile.backends.onnxruntime import OnnxRuntime
 from lrcompile.budget import COSTS, Unit, allocate
 from lrcompile.choices import Planned
+from lrcompile.columns import Columns, keeping, loudest
 from lrcompile.curves import Curve
 from lrcompile.data import Batches
 from lrcompile.graphs.onnx.graph import OnnxGraph
 from lrcompile.linop import Dense, densify
 from lrcompile.planning import Settings, plan
 from lrcompile.sites import LinearSite
-from lrcompile.spectrum import Spectrum, metric_matrix, sampling_shrink, spectrum
+from lrcompile.spectrum import metric_matrix, sampling_shrink, spectrum
 from lrcompile.zoo import exported, minilm, smollm2
 
 KEEPS = (0.8, 0.6)
@@ -96,10 +97,10 @@ class Maker:
         """``[D, U V]``: some columns dense, low rank for the others, the best for these columns."""
         inner, bare, centered = self._inner([site])
         outer, weight = self._outer(site), densify(site.operator).double()
-        found: list[tuple[float, float, _Split, int]] = []
+        found: list[tuple[float, float, Columns, int]] = []
         for share in SHARES:
-            split = _Split.of(weight, inner, outer, round(share * site.shape[1]))
-            tails = torch.maximum(split.analysed.errors(split.through(bare), outer), split.analysed.tails)
+            split = keeping(weight, inner, loudest(weight, inner, outer, round(share * site.shape[1])), outer)
+            tails = torch.maximum(split.errors(bare, outer), split.tails)
             kept, rest = len(split.kept), len(split.rest)
             for rank, values in _ranks(site.shape[0], rest, self.context.align, gauge=self.gauge):
                 cost = values + kept * site.shape[0] + kept  # an index of two bytes for a kept column
@@ -110,7 +111,7 @@ class Maker:
 
         def make(index: int) -> Mapping[str, tuple[Tensor, Tensor | None]]:
             *_, split, rank = found[index]
-            return {site.name: self._stored(site, split.matrix(weight, rank), centered=centered)}
+            return {site.name: self._stored(site, _matrix(split, rank), centered=centered)}
 
         return Candidates((site,), np.array([f[0] for f in found]), np.array([f[1] for f in found]), make)
 
@@ -135,37 +136,11 @@ class Maker:
         return stored, ((densify(site.operator).double() - stored.double()) @ moments.mean()).float()
 
 
-@dataclass(eq=False)
-class _Split:
-    """A weight's columns in two sets, and the analysis of those that are approximated."""
-
-    kept: Tensor
-    rest: Tensor
-    carry: Tensor  # (rest, kept): what an error in a column of the rest is made up for by in the kept ones
-    analysed: Spectrum
-
-    @classmethod
-    def of(cls, weight: Tensor, inner: Tensor, outer: Tensor, count: int) -> _Split:
-        """The columns of most output energy stay; the others are analysed given these (a Schur complement)."""
-        score = inner.diagonal() * (weight * (outer @ weight)).sum(0)
-        order = score.argsort(descending=True)
-        kept, rest = order[:count].sort().values, order[count:].sort().values
-        carry = torch.linalg.solve(inner[kept][:, kept], inner[kept][:, rest]).T
-        schur = inner[rest][:, rest] - carry @ inner[kept][:, rest]
-        return cls(kept, rest, carry, spectrum(weight[:, rest], (schur + schur.T) / 2, outer))
-
-    def through(self, inner: Tensor) -> Tensor:
-        """The metric that errors in the rest have, with what the kept columns make up for."""
-        spread = inner.new_zeros(len(self.rest), len(inner))
-        spread[:, self.rest], spread[:, self.kept] = torch.eye(len(self.rest), dtype=inner.dtype), -self.carry
-        return spread @ inner @ spread.T
-
-    def matrix(self, weight: Tensor, rank: int) -> Tensor:
-        made = weight.clone()
-        left, right = self.analysed.factors(rank)
-        made[:, self.rest] = left @ right
-        made[:, self.kept] += (weight[:, self.rest] - left @ right) @ self.carry
-        return made
+def _matrix(split: Columns, rank: int) -> Tensor:
+    kept, left, right = split.factors(rank)
+    made = left @ right
+    made[:, split.kept] = kept
+    return made
 
 
 def _ranks(out: int, into: int, align: int, *, gauge: bool) -> list[tuple[int, int]]:

@@ -8,17 +8,15 @@ code measured on the same machine, so that runs may be short.
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import WORK, ratio_text, table, write
+from benchmarks.common import WORK, kept, made_by, pieces, ratio_text, table, write
 from lrcompile import Budget, LowRank, Options, Pipeline, measure, zoo
 from lrcompile.backends.onnxruntime import OnnxRuntime
 from lrcompile.budget import COSTS
@@ -28,7 +26,6 @@ from lrcompile.feeds import feeds, stored
 from lrcompile.files import AtomicSet, sha256
 from lrcompile.graphs.onnx.graph import OnnxGraph
 from lrcompile.planning import Settings
-from lrcompile.report import machine, versions
 
 BATCHES = (("minilm", 1, 128, 0), ("minilm", 16, 128, 0), ("smollm2", 1, 512, 0), ("smollm2_cached", 1, 1, 128))
 """Models, samples, tokens of each, and tokens that its cache holds already."""
@@ -85,39 +82,25 @@ SETTINGS = tuple(Setting(*batch, threads) for batch in BATCHES for threads in TH
 
 def main() -> None:
     """Measures the chosen settings, one by one; the table is written after each."""
-    (WORK / "latency").mkdir(parents=True, exist_ok=True)
+    WORK.mkdir(parents=True, exist_ok=True)
     patterns = os.environ.get("LRCOMPILE_LATENCY", "*").split(",")
     chosen = [one for one in SETTINGS if any(fnmatch.fnmatchcase(one.key, pattern) for pattern in patterns)]
     if not chosen:
         raise SystemExit(f"no setting fits; they are {', '.join(one.key for one in SETTINGS)}")
-    made = {"code": _code(), **machine(), **versions()}
+    made = made_by(__file__)
     for one in chosen:
         start = time.monotonic()
         reached, predicted = _measured(one)
-        kept = {"made": made, "setting": asdict(one), "reached": reached, "predicted": predicted}
-        (WORK / "latency" / f"{one.key}.json").write_text(json.dumps(kept), encoding="utf-8")
+        kept("latency", one.key, made, {"model": one.model, "reached": reached, "predicted": predicted})
         print(f"{one.key}: {time.monotonic() - start:.0f} s", flush=True)
         _write(made)
 
 
-def _code() -> str:
-    """A digest of everything that these figures depend on in this project."""
-    folders = ("lrcompile", "passes", "backends", "models_zoo")
-    root = Path(__file__).parent.parent
-    files = sorted({path.resolve() for folder in folders for path in (root / folder).rglob("*.py")})
-    return hashlib.sha256(b"".join(file.read_bytes() for file in [*files, Path(__file__)])).hexdigest()[:12]
-
-
 def _write(made: Mapping[str, object]) -> None:
-    found = []
-    for one in SETTINGS:
-        path = WORK / "latency" / f"{one.key}.json"
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if kept.get("made") == json.loads(json.dumps(made)):
-            found.append(kept)
-    reached, predicted = ([row for kept in found for row in kept[part]] for part in ("reached", "predicted"))
+    found = pieces("latency", (one.key for one in SETTINGS), made).values()
+    reached, predicted = ([row for each in found for row in each[part]] for part in ("reached", "predicted"))
     slower = sum(float(str(row[2]).split(" ")[0]) > 1 for row in [*reached, *predicted] if row[2] != "—")
-    ours = [(kept["setting"]["model"], row) for kept in found for row in kept["predicted"]]
+    ours = [(each["model"], row) for each in found for row in each["predicted"]]
     groups = {"all": ours, **{name: [pair for pair in ours if pair[0] == name] for name, *_ in BATCHES}}
     said = "; ".join(f"{name} {_error([row for _, row in rows])}" for name, rows in groups.items() if rows)
     summary = f"Error of 90 % of the plans: {said}. Plans or results slower than dense: {slower}."

@@ -12,7 +12,7 @@ leading subspaces, which are those of β = 0. Ranks are uniform, as published.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,14 +112,17 @@ def _real_roots(square: float, linear: float, constant: float) -> list[float]:
 # -- a model, layer by layer ---------------------------------------------------------------------
 
 
+Factorise = Callable[[str, Tensor, Tensor, Tensor], Factors | None]
+"""Factors of a linear by its path, from its weight, ``E[x xᵀ]`` and ``E[(x_f − x) xᵀ]``; None leaves it as it is."""
+
+
 @torch.no_grad()
-def sequential(model: nn.Module, batches: Sequence[Tensor], keep: float) -> dict[str, Factors]:
+def sequential(model: nn.Module, batches: Sequence[Tensor], make: Factorise) -> dict[str, Factors]:
     """Factors of every linear of the layers of a Llama model, by its path in ``model``; they also replace its weights.
 
     Args:
         model: a causal language model of ``transformers``; its layers are changed in place.
         batches: token ids (batch, tokens), all of one shape.
-        keep: share of each weight's values that its factors may take.
     """
     layers: Any = model.get_submodule("model.layers")
     plain, extra = _entering(model, layers[0], batches)
@@ -129,14 +132,20 @@ def sequential(model: nn.Module, batches: Sequence[Tensor], keep: float) -> dict
         for group in GROUPS:
             second, moved = _moments(layer, group[0], compressed, originals[group[0]], extra)
             for name in group:
-                linear = layer.get_submodule(name)
-                pair = factors(linear.weight, second, moved, uniform_rank(linear.weight, keep))
-                linear.weight.copy_(pair[0] @ pair[1])
-                found[f"model.layers.{place}.{name}"] = pair
+                linear, path = layer.get_submodule(name), f"model.layers.{place}.{name}"
+                pair = make(path, linear.weight, second, moved)
+                if pair is not None:
+                    linear.weight.copy_(pair[0] @ pair[1])
+                    found[path] = pair
             del originals[group[0]]
         compressed = [_call(layer, each, extra) for each in compressed]
         print(f"layer {place}", flush=True)
     return found
+
+
+def uniform(keep: float) -> Factorise:
+    """Every weight at the largest rank whose factors take at most ``keep`` of its values, as published."""
+    return lambda _, weight, second, moved: factors(weight, second, moved, uniform_rank(weight, keep))
 
 
 def uniform_rank(weight: Tensor, keep: float) -> int:
@@ -217,13 +226,17 @@ def _moments(
     return second / tokens, moved / tokens
 
 
+def calibration() -> list[Tensor]:
+    """SmolLM2's calibration data, batch by batch."""
+    return [torch.from_numpy(batch["input_ids"]) for batch in smollm2.calibration()]
+
+
 # -- the file ------------------------------------------------------------------------------------
 
 
 def saes(dense: Path, keep: float, out: Path) -> Path:
     """Writes SmolLM2's ONNX file with the factors of SAES-SVD in the place of its 210 linears."""
-    graph, batches = OnnxGraph.load(dense), [torch.from_numpy(b["input_ids"]) for b in smollm2.calibration()]
-    found = sequential(smollm2.causal_lm(), batches, keep)
+    graph, found = OnnxGraph.load(dense), sequential(smollm2.causal_lm(), calibration(), uniform(keep))
     sites = {site.name: site for site in graph.linear_sites() if not site.frozen}
     for name, pair in found.items():
         graph.replace(sites[f"model.{name}"], low_rank(*(each.contiguous() for each in pair)))

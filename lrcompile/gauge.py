@@ -6,7 +6,8 @@ left factor the identity, it saves their storage and their multiplications: thos
 
 * a contiguous window of rows needs no permutation, so it runs as two products and a concatenation (three, where it
   lies inside); its coefficients reach hundreds, which float32 bears and half precision does not;
-* pivots keep the coefficients near 2, and need a Gather that puts the outputs in order.
+* pivots keep the coefficients near 2, and need a Gather that puts the outputs in order, or neighbours that take
+  them in the order in which they come (:mod:`lrcompile.order`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lrcompile.linop import Dense, Identity, LinearOperator, Product, Select, Stack, index_dtype
+from lrcompile.order import inverse
 
 COPY = 16
 """Multiply–accumulates that putting one output together costs: a gauge that saves less only makes a layer slower."""
@@ -26,22 +28,33 @@ ROUNDING = 1e-4
 """Largest coefficient of a window times the spacing of the stored type: beyond, pivots are taken."""
 
 
-def identity_gauge(left: Tensor, right: Tensor, dtype: torch.dtype) -> LinearOperator:
+ALL = slice(None)
+
+
+def identity_gauge(left: Tensor, right: Tensor, dtype: torch.dtype, rows: slice = ALL) -> LinearOperator:
     """``left @ right`` with r rows of the left factor the identity.
 
     Args:
         left: (out, rank) of full column rank.
         right: (rank, in).
         dtype: that the factors are stored in; decides which rows are safe.
+        rows: of ``left``, at least ``rank`` of them, that pivots are taken of.
     """
     left, right = left.double(), right.double()
+    if permuted(dtype):
+        return _pivoted(left, right, dtype, rows)
     last = left.shape[0] - left.shape[1]
     between = {round(place * last / (WINDOWS + 1)) for place in range(1, WINDOWS + 1)}
     for starts in ({0, last}, between):  # at an end there is one product less
         start, growth = best_window(left, sorted(starts))
         if growth * torch.finfo(dtype).eps <= ROUNDING:
             return _window(left, right, start, dtype)
-    return _pivoted(left, right, dtype)
+    return _pivoted(left, right, dtype, rows)
+
+
+def leading(left: Tensor, right: Tensor, dtype: torch.dtype) -> LinearOperator:
+    """The same with the first rows the identity, whatever that does to rounding: its structure is what is wanted."""
+    return _window(left.double(), right.double(), 0, dtype)
 
 
 def best_window(left: Tensor, starts: Sequence[int]) -> tuple[int, float]:
@@ -70,26 +83,27 @@ def _window(left: Tensor, right: Tensor, start: int, dtype: torch.dtype) -> Line
     return Product(Stack(tuple(parts)) if len(parts) > 1 else parts[0], middle)
 
 
-def _pivoted(left: Tensor, right: Tensor, dtype: torch.dtype) -> LinearOperator:
+def _pivoted(left: Tensor, right: Tensor, dtype: torch.dtype, rows: slice) -> LinearOperator:
     from scipy.linalg import qr
 
     out, rank = left.shape
-    *_, places = qr(left.T.numpy(), mode="r", pivoting=True)
-    order = torch.from_numpy(places).long()
-    pivots, rest = order[:rank].sort().values, order[rank:].sort().values
+    *_, places = qr(left[rows].T.numpy(), mode="r", pivoting=True)
+    pivots = torch.arange(out)[rows][torch.from_numpy(places[:rank]).long()].sort().values
+    others = torch.ones(out, dtype=torch.bool)
+    others[pivots] = False
+    rest = others.nonzero()[:, 0]
     middle = Dense((left[pivots] @ right).to(dtype).contiguous())
     if not len(rest):
-        return Product(Select(_inverse(pivots), out), middle)
+        return Product(_putting(pivots), middle)
     # A pseudo-inverse, since factors of a weight of smaller rank have no r independent rows.
-    others = Dense((left[rest] @ torch.linalg.pinv(left[pivots], rtol=1e-12)).to(dtype).contiguous())
-    stacked = Product(Stack((Identity(rank), others)), middle)
-    return Product(Select(_inverse(torch.cat([pivots, rest])), out), stacked)
+    below = Dense((left[rest] @ torch.linalg.pinv(left[pivots], rtol=1e-12)).to(dtype).contiguous())
+    stacked = Product(Stack((Identity(rank), below)), middle)
+    return Product(_putting(torch.cat([pivots, rest])), stacked)
 
 
-def _inverse(order: Tensor) -> Tensor:
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(order))
-    return places.to(index_dtype(len(order)))
+def _putting(order: Tensor) -> Select:
+    """Puts what comes in an order of rows where it belongs."""
+    return Select(inverse(order).to(index_dtype(len(order))), len(order))
 
 
 def permuted(dtype: torch.dtype) -> bool:

@@ -24,8 +24,9 @@ from lrcompile.files import AtomicSet, made_folder
 from lrcompile.graphs.base import Graph
 from lrcompile.lowering import Runnable
 from lrcompile.options import Options
+from lrcompile.order import Pivoted
 from lrcompile.progress import Progress
-from lrcompile.registry import EXACT, backend_for, load
+from lrcompile.registry import EXACT, FOLLOWING, backend_for, load
 from lrcompile.report import record
 from lrcompile.rewrite import Context, GraphPass, LinearPass, Pass
 from lrcompile.seeking import Seeker
@@ -160,6 +161,7 @@ class Pipeline:
         while rounds < ROUNDS:
             wanted = 0 if planned is None else sum(choice.proposal is not None for choice in planned.choices)
             count = 0 if planned is None else stages.install(run, planned)
+            stages.apply_following(run, self._following(run), self.options.settings.seed)
             try:
                 return self._finish(run, rewrites + count, out, start)
             except _MissedError as missed:
@@ -206,12 +208,19 @@ class Pipeline:
     def _exact(self, run: stages.Run) -> int:
         """Graph passes in their order; those that rewrite nodes come before ours that rewrite weights."""
         ours = [load("passes", name)() for name in EXACT] if self.exact else []
-        given = [each for each in self.passes if isinstance(each, GraphPass) and not each.late]
+        given = [each for each in self.passes if isinstance(each, GraphPass) and not (each.late or each.follows)]
         nodes, given = [p for p in given if p.early], [p for p in given if not p.early]
         context = Context(run.graph, align=run.backend.align, seed=self.options.settings.seed)
         # a metric of the user's own judges at the gate only
         limit = self.options.limit(self.budget) if self.options.metric is None else math.inf
         return stages.apply_exact(run, [*nodes, *ours, *given], context, limit)
+
+    def _following(self, run: stages.Run) -> list[GraphPass]:
+        """Exact passes behind replaced weights: ours, and the user's own; none where nothing puts channels in order."""
+        given = [each for each in self.passes if isinstance(each, GraphPass) and each.follows]
+        ours = [load("passes", name)() for name in FOLLOWING] if self.exact else []
+        moves = any(Pivoted.of(site.operator) is not None for site in run.graph.linear_sites())
+        return [*given, *(each for each in ours if moves and each not in given)]
 
     def _seeker(self, run: stages.Run, planned: Planned) -> Seeker:
         return Seeker(run, self.options.limit(self.budget), planned.predicted)
@@ -228,7 +237,7 @@ class Pipeline:
         linear = [each for each in self.passes if isinstance(each, LinearPass)]
         if not linear:
             raise UsageError("a budget needs a pass that makes weights smaller", hint="for instance low-rank")
-        return stages.make_plan(run, linear, self.budget)
+        return stages.make_plan(run, linear, self.budget, absorbs=self.exact)
 
     def _finish(self, run: stages.Run, rewrites: int, out: Path | None, start: float) -> Result:
         report = run.report

@@ -21,11 +21,13 @@ from lrcompile.choices import Allocation, Choice, Offer, Planned, Pricing, left_
 from lrcompile.curves import Curve, measured, probe_batches
 from lrcompile.data import Batches
 from lrcompile.errors import UnsupportedError, UsageError
+from lrcompile.gauge import permuted
 from lrcompile.graphs.base import Graph, Inputs
 from lrcompile.linop import Cost
 from lrcompile.memory import release
+from lrcompile.order import Region, pivot_rows
 from lrcompile.progress import Progress, Watched
-from lrcompile.rewrite import Context, LinearPass, Proposal
+from lrcompile.rewrite import Context, LinearPass, Proposal, storage_dtype
 from lrcompile.samples import Thinned, unmasked
 from lrcompile.sites import LinearSite
 from lrcompile.sketch import Importance
@@ -145,6 +147,7 @@ def plan(
     now: Cost | None = None,
     sample: Inputs | None = None,
     price: Callable[[Sequence[LinearSite], Mapping[str, Offer]], Pricing] | None = None,
+    absorbs: bool = False,
     tell: Progress | None = None,
 ) -> Planned:
     """Chooses an expression for every site under the budget.
@@ -154,6 +157,7 @@ def plan(
         now: the same of the model as it stands, after exact rewrites; by default as it came.
         sample: one sample; it gives the number of vectors that each site multiplies.
         price: finds out what everything on offer takes, under a latency budget.
+        absorbs: what is chosen gets installed, and then the pass ``absorb`` runs.
 
     Raises:
         InfeasibleError: the passes offer nothing small enough.
@@ -163,7 +167,15 @@ def plan(
     moments = statistics(graph, sites, data, settings, tell)
     sites, left = _refreeze(graph, sites, left)
     gradients, told = importance(graph, sites, data, settings, tell)
-    context = Context(graph, moments, align=settings.align, seed=settings.seed, gradients=gradients.moments, notes=told)
+    context = Context(
+        graph,
+        moments,
+        align=settings.align,
+        seed=settings.seed,
+        gradients=gradients.moments,
+        notes=told,
+        pivots=free_pivots(graph, sites) if absorbs else {},
+    )
     release(now=True)
     tell("decomposing")
     offers = {site.name: _offers(site, passes, context) for site in sites}
@@ -277,6 +289,15 @@ def _probe(site: LinearSite, proposals: Sequence[Proposal]) -> Proposal:
     """The proposal nearest to the probe's size: small enough to hurt measurably, not beyond recognition."""
     before = site_cost(site).parameters
     return min(proposals, key=lambda p: abs(p.cost.parameters / before - PROBE_KEEP))
+
+
+def free_pivots(graph: Graph, sites: Sequence[LinearSite]) -> dict[str, slice]:
+    """By site, the outputs that an identity may take without a step that puts all of them in order.
+
+    Half precision alone asks for it (see :mod:`lrcompile.gauge`); where no site has it, nothing is looked for.
+    """
+    regions: Callable[[], Sequence[Region]] = getattr(graph, "regions", tuple)
+    return pivot_rows(regions()) if any(permuted(storage_dtype(site.operator)) for site in sites) else {}
 
 
 def positions(graph: Graph, sites: Sequence[LinearSite], sample: Inputs | None) -> dict[str, float]:

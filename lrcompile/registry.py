@@ -9,6 +9,7 @@ from typing import Any
 from lrcompile.errors import UsageError, nearest
 
 PASSES = {
+    "absorb": "lrcompile.passes.absorb:Absorb",
     "clean": "lrcompile.passes.clean:Clean",
     "fold": "lrcompile.passes.fold:Fold",
     "fold-scales": "lrcompile.passes.fold_scales:FoldScales",
@@ -24,6 +25,8 @@ BACKENDS = {
 }
 EXACT = ("clean", "fold", "exact-low-rank")
 """Passes that always run, in this order."""
+FOLLOWING = ("absorb",)
+"""Exact passes that tidy up behind replaced weights, in this order."""
 LOSSY = ("low-rank", "conv-low-rank")
 """Passes that a budget is spent on where none are named."""
 

@@ -91,6 +91,8 @@ class Context:
         seed: of everything random.
         sample: inputs of the sizes that the user's data have; None without data. A pass that is told other sizes
             puts its own here.
+        pivots: by site, outputs that may become an identity without a step that puts all outputs in order: what
+            follows bears any order of them.
         trial: what is proposed gets timed, never used: its structure counts, its error does not.
     """
 
@@ -101,6 +103,7 @@ class Context:
     notes: list[str] = field(default_factory=list)
     gradients: Mapping[str, Moments] = field(default_factory=dict)
     sample: Inputs | None = None
+    pivots: Mapping[str, slice] = field(default_factory=dict)
     trial: bool = False
 
     def statistics(self, site: LinearSite) -> Moments | None:
@@ -199,11 +202,14 @@ class GraphPass(Pass):
         early: it puts another model in the place of the graph's, so it runs before those that replace weights.
         late: it cuts up the nodes of what will be published, so it runs after everything else, and again where
             something else is chosen.
+        follows: it tidies up behind replaced weights, so it runs right after them, and again where something else
+            is chosen.
     """
 
     exact: ClassVar[bool] = True
     early: ClassVar[bool] = False
     late: ClassVar[bool] = False
+    follows: ClassVar[bool] = False
 
     @abstractmethod
     def apply(self, graph: Graph, context: Context) -> Sequence[Outcome]:

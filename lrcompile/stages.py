@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lrcompile import costs, timing, verify
 from lrcompile.budget import Budget
@@ -23,9 +25,13 @@ from lrcompile.planning import plan
 from lrcompile.profiling.prices import Prices
 from lrcompile.progress import Progress
 from lrcompile.report import machine, record, versions
-from lrcompile.rewrite import Context, GraphPass, LinearPass, Outcome, Proposal, Refused, Rewritten
+from lrcompile.rewrite import Context, GraphPass, LinearPass, Outcome, Proposal, Refused, Rewritten, storage_dtype
 from lrcompile.samples import first_sample, sample_inputs
 from lrcompile.sites import LinearSite
+
+GROWN = 16
+"""Rounding of half precision grows through the layers of a model: so many times its spacing are no sign of a mistake
+where sums are taken in another order, while a channel in the wrong place changes the outputs by their own size."""
 
 
 @dataclass(eq=False)
@@ -125,15 +131,24 @@ def describe_calibration(run: Run, *, lossy: bool) -> None:
 # -- rewriting ---------------------------------------------------------------------------------
 
 
-def apply_exact(run: Run, passes: Sequence[GraphPass], context: Context, lossy: float | None = None) -> int:
+def apply_exact(
+    run: Run,
+    passes: Sequence[GraphPass],
+    context: Context,
+    lossy: float | None = None,
+    before: Callable[[Inputs], Outputs] | None = None,
+    rounding: float | None = None,
+) -> int:
     """Applies graph passes one by one; one whose result differs is taken back. Returns the rewrites.
 
     Args:
         lossy: largest drift of a pass that does not claim to be exact; the gate measures it again.
+        before: computes what the results are compared with; by default the model as it came.
+        rounding: largest drift of a pass that does; by default what the type of the outputs bears.
     """
     total = 0
-    batch = next(iter(run.evaluation)) if run.evaluation is not None else run.sample
-    reference = None if batch is None else run.graph.run(batch)
+    batch = _batch(run)
+    reference = None if batch is None else (before or run.graph.run)(batch)
     if reference is None and passes:
         run.report.notes.append("exact rewrites were checked by structure only: no inputs could be made up")
     for each in passes:
@@ -142,7 +157,7 @@ def apply_exact(run: Run, passes: Sequence[GraphPass], context: Context, lossy: 
         outcomes, reason = _applied(each, run.graph, context)
         done = [outcome for outcome in outcomes if isinstance(outcome, Rewritten)]
         if reason is None and (done or run.graph.journal.mark() != mark):  # what a pass does not admit counts too
-            reason, now = _differs(run, batch, reference, None if each.exact else lossy)
+            reason, now = _differs(run, batch, reference, rounding if each.exact else lossy)
             if reason is None and not each.exact:
                 reference = now  # what follows is measured against it
         if reason is not None:
@@ -156,15 +171,37 @@ def apply_exact(run: Run, passes: Sequence[GraphPass], context: Context, lossy: 
     return total
 
 
+def _batch(run: Run) -> Inputs | None:
+    """What rewrites that promise the same outputs are tried on."""
+    return next(iter(run.evaluation)) if run.evaluation is not None else run.sample
+
+
+def apply_following(run: Run, passes: Sequence[GraphPass], seed: int) -> None:
+    """Applies exact passes that tidy up behind replaced weights, compared with the model before them."""
+    if not passes:
+        return
+    _forget(run.report, passes)
+    built = run.backend.build(run.graph)
+    context = Context(run.graph, align=run.backend.align, seed=seed)
+    noise = max(torch.finfo(storage_dtype(site.operator)).eps for site in run.graph.linear_sites())
+    apply_exact(run, passes, context, before=built.run, rounding=max(verify.EXACT["float32"], GROWN * noise))
+    built.release()
+
+
+def _forget(report: record.Report, passes: Sequence[GraphPass]) -> None:
+    """Takes out what passes that run again for every choice have reported."""
+    names, titles = {str(each) for each in passes}, tuple(f"{each.name}: " for each in passes)
+    report.passes = [each for each in report.passes if each.name not in names]
+    report.notes = [note for note in report.notes if not note.startswith(titles)]
+
+
 def apply_late(run: Run, passes: Sequence[GraphPass], seed: int) -> tuple[Graph, int]:
     """Applies passes over the nodes of the result to a copy with all sites written out; returns it and the rewrites."""
     if not passes:
         return run.graph, 0
-    names = {str(each) for each in passes}
     titles = tuple(f"{each.name}: " for each in passes)
     report = run.report  # another choice before has left its marks
-    report.passes = [each for each in report.passes if each.name not in names]
-    report.notes = [note for note in report.notes if not note.startswith(titles)]
+    _forget(report, passes)
     given = run.sample if run.calibration is not None or run.evaluation is not None else None
     graph = run.backend.finished(run.graph)
     context = Context(graph, align=run.backend.align, seed=seed, sample=given)
@@ -214,7 +251,7 @@ def _rounding(outputs: Outputs) -> float:
     return max((verify.EXACT[name] for name in names if name in verify.EXACT), default=verify.EXACT["float32"])
 
 
-def make_plan(run: Run, passes: Sequence[LinearPass], budget: Budget) -> Planned:
+def make_plan(run: Run, passes: Sequence[LinearPass], budget: Budget, *, absorbs: bool) -> Planned:
     """Statistics, proposals, scales and the allocator's choice."""
     start = time.monotonic()
     came, now = _sizes(run)
@@ -229,6 +266,7 @@ def make_plan(run: Run, passes: Sequence[LinearPass], budget: Budget) -> Planned
         now=now,
         sample=run.sample,
         price=timing.pricer(run, budget),
+        absorbs=absorbs,
         tell=run.tell,
     )
     run.planned, run.linear, run.planning = planned, passes, time.monotonic() - start

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lrcompile.columns import Columns, Layout, beside, keeping, loudest
 from lrcompile.errors import UsageError, nearest
-from lrcompile.gauge import COPY, identity_gauge, permuted
+from lrcompile.gauge import ALL, COPY, identity_gauge, leading, permuted
 from lrcompile.graphs.base import Replacement
 from lrcompile.linop import Cost, LinearOperator, densify, index_dtype, low_rank
 from lrcompile.rewrite import Context, LinearPass, Proposal, storage_dtype
@@ -21,6 +21,8 @@ from lrcompile.sites import LinearSite
 from lrcompile.spectrum import Spectrum, metric_matrix, sampling_shrink, spectrum
 
 METRICS = ("whitened", "diagonal", "plain")
+GAUGE, PERMUTED = "gauge", "permuted gauge"
+"""Storage forms besides two plain factors."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class LowRank(LinearPass):
         center: where the layer has a bias, factorise for the deviation from the mean input and
             let the bias carry the rest; exact for the mean.
         gauge: offer factors in the identity gauge too, which store r² fewer values, where no permutation is
-            needed: not for weights of half precision.
-        permute: offer it to those as well, with a Gather of the outputs; small, but often slower than dense.
+            needed: to weights of half precision only where the next layers can take the outputs in any order.
+        permute: offer it to others of those as well, with a Gather of the outputs; small, but often slower than dense.
         columns: where a weight has many more inputs than outputs, offer to keep the columns of most output energy
             dense, and low rank for the others; needs data. At the same size a little better and a little slower,
             since runtimes pick channels out slowly: a latency budget knows what it costs.
@@ -84,8 +86,8 @@ class LowRank(LinearPass):
         tails = self._errors(site, context, analysed).tolist()
         # without data a plan may be of a model that is larger than memory: what is chosen is decomposed again
         kept = analysed if context.statistics(site) is not None else None
-        for rank, gauged in self._forms(site, context):
-            yield self._proposal(site, context, kept, tails, rank, gauged)
+        for rank, form in self._forms(site, context):
+            yield self._proposal(site, context, kept, tails, rank, form)
         yield from self._with_columns(site, context)
 
     def _with_columns(self, site: LinearSite, context: Context) -> Iterator[Proposal]:
@@ -105,7 +107,7 @@ class LowRank(LinearPass):
                 source=self.name,
                 rank=rank,
                 tails=tails,
-                form=" ".join(filter(None, (self._form(site, layout.gauged), "with columns"))),
+                form=" ".join(filter(None, (_gauge(site) if layout.gauged else "", "with columns"))),
             )
 
     def _layout(self, site: LinearSite, context: Context) -> Layout | None:
@@ -116,10 +118,8 @@ class LowRank(LinearPass):
         if not (self.columns and self.metric == "whitened" and fits):
             return None
         dtype = storage_dtype(site.operator)
-        return Layout.of(site.shape, dtype, align=context.align, gauged=self._gauges(dtype))
-
-    def _gauges(self, dtype: torch.dtype) -> bool:
-        return self.gauge and (self.permute or not permuted(dtype))
+        gauged = self.gauge and (self.permute or not permuted(dtype))
+        return Layout.of(site.shape, dtype, align=context.align, gauged=gauged)
 
     def _split(self, site: LinearSite, context: Context, layout: Layout) -> Columns:
         weight, outer = densify(site.operator), self._outer(site, context)
@@ -131,36 +131,32 @@ class LowRank(LinearPass):
     def _widened(self, site: LinearSite, context: Context, layout: Layout, rank: int) -> dict[str, Replacement]:
         split = self._split(site, context, layout)
         kept, *factors = split.factors(rank)
-        stored = self._stored(site, factors[0], factors[1], layout.gauged)
+        stored = self._stored(site, context, factors[0], factors[1], _gauge(site) if layout.gauged else "")
         return {site.name: self._replacement(site, context, beside(kept, split.kept, stored))}
 
-    def _forms(self, site: LinearSite, context: Context) -> Iterator[tuple[int, bool]]:
-        """Ranks, and whether in the identity gauge."""
+    def _forms(self, site: LinearSite, context: Context) -> Iterator[tuple[int, str]]:
+        """Ranks, and the form that each is stored in; empty: two plain factors."""
         least = self.min_rank * context.align
-        yield from ((rank, False) for rank in context.ranks(site) if rank >= least)
-        if self._gauges(storage_dtype(site.operator)):
-            ranks = context.ranks(site, gauged=True)
-            yield from ((rank, True) for rank in ranks if rank >= least and rank * rank >= COPY * site.shape[0])
+        yield from ((rank, "") for rank in context.ranks(site) if rank >= least)
+        for rank in context.ranks(site, gauged=True) if self.gauge else ():
+            form = GAUGE if rank <= _pivots(site, context) else _gauge(site)
+            if rank >= least and rank * rank >= COPY * site.shape[0] and (form == GAUGE or self.permute):
+                yield rank, form
 
     def _proposal(
-        self, site: LinearSite, context: Context, kept: Spectrum | None, tails: list[float], rank: int, gauged: bool
+        self, site: LinearSite, context: Context, kept: Spectrum | None, tails: list[float], rank: int, form: str
     ) -> Proposal:
         return Proposal(
             (site.name,),
             tails[rank],
-            _price(site, rank, gauged),
-            lambda: {site.name: self._build(site, context, kept or self._analyse(site, context), rank, gauged)},
-            label=f"rank {rank}, identity gauge" if gauged else f"rank {rank}",
+            _price(site, rank, form),
+            lambda: {site.name: self._build(site, context, kept or self._analyse(site, context), rank, form)},
+            label=f"rank {rank}, identity gauge" if form else f"rank {rank}",
             source=self.name,
             rank=rank,
             tails=tails,
-            form=self._form(site, gauged),
+            form=form,
         )
-
-    def _form(self, site: LinearSite, gauged: bool) -> str:
-        if not gauged:
-            return ""
-        return "permuted gauge" if permuted(storage_dtype(site.operator)) else "gauge"
 
     def _analyse(self, site: LinearSite, context: Context) -> Spectrum:
         return spectrum(densify(site.operator), self._inner(site, context), self._outer(site, context))
@@ -193,14 +189,18 @@ class LowRank(LinearPass):
     def _centered(self, site: LinearSite) -> bool:
         return self.center and self.metric == "whitened" and all(use.bias is not None for use in site.uses)
 
-    def _build(self, site: LinearSite, context: Context, analysed: Spectrum, rank: int, gauged: bool) -> Replacement:
-        return self._replacement(site, context, self._stored(site, *analysed.factors(rank), gauged))
+    def _build(self, site: LinearSite, context: Context, analysed: Spectrum, rank: int, form: str) -> Replacement:
+        return self._replacement(site, context, self._stored(site, context, *analysed.factors(rank), form))
 
-    def _stored(self, site: LinearSite, left: Tensor, right: Tensor, gauged: bool) -> LinearOperator:
-        dtype = storage_dtype(site.operator)
-        if gauged:
-            return identity_gauge(left, right, dtype)
-        return low_rank(left.to(dtype).contiguous(), right.to(dtype).contiguous())
+    def _stored(self, site: LinearSite, context: Context, left: Tensor, right: Tensor, form: str) -> LinearOperator:
+        dtype, rows = storage_dtype(site.operator), ALL
+        if not form:
+            return low_rank(left.to(dtype).contiguous(), right.to(dtype).contiguous())
+        if form == GAUGE and permuted(dtype):
+            if context.trial:
+                return leading(left, right, dtype)  # as it stands once its permutation is absorbed
+            rows = context.pivots[site.name]
+        return identity_gauge(left, right, dtype, rows)
 
     def _replacement(self, site: LinearSite, context: Context, operator: LinearOperator) -> Replacement:
         shift: Tensor | None = None
@@ -212,10 +212,19 @@ class LowRank(LinearPass):
         return Replacement(operator, shift)
 
 
-def _price(site: LinearSite, rank: int, gauged: bool) -> Cost:
+def _gauge(site: LinearSite) -> str:
+    """The form of a site's identity gauge where nothing absorbs a permutation."""
+    return PERMUTED if permuted(storage_dtype(site.operator)) else GAUGE
+
+
+def _pivots(site: LinearSite, context: Context) -> int:
+    """How many outputs may become an identity at whatever order comes of it."""
+    return len(range(*context.pivots.get(site.name, slice(0)).indices(site.shape[0])))
+
+
+def _price(site: LinearSite, rank: int, form: str) -> Cost:
     """Cost of two factors, without making them."""
     out, into = site.shape
-    values = rank * (out + into - (rank if gauged else 0))
-    dtype = storage_dtype(site.operator)
-    size = index_dtype(out).itemsize * out if gauged and permuted(dtype) else 0  # of the permutation
-    return Cost(values + size / 2, values * dtype.itemsize + size, values * len(site.uses))
+    values = rank * (out + into - (rank if form else 0))
+    size = index_dtype(out).itemsize * out if form == PERMUTED else 0
+    return Cost(values + size / 2, values * storage_dtype(site.operator).itemsize + size, values * len(site.uses))

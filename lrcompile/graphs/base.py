@@ -25,10 +25,15 @@ SUFFIXES = {"onnx": (".onnx",), "fx": (".pt2", ".onnx")}
 
 @dataclass(frozen=True, eq=False)
 class Replacement:
-    """What stands at a site now: an expression, and a constant that its output gains."""
+    """What stands at a site now: an expression, and a constant that its output gains.
+
+    Attributes:
+        order: the outputs come in this order; a bias that stays in the graph is moved with them.
+    """
 
     operator: LinearOperator
     shift: Tensor | None = None  # (out,)
+    order: Tensor | None = None  # (out,) int64
 
 
 @dataclass(eq=False)

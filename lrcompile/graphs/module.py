@@ -25,8 +25,9 @@ from lrcompile.graphs.base import Inputs, Journal, Outputs, Replacement
 from lrcompile.graphs.module_run import call, few, input_specs, macs, run
 from lrcompile.graphs.module_sites import Found, check_finite, find, share
 from lrcompile.graphs.module_trace import Trace, trace
-from lrcompile.graphs.structured import Change, Pool, install, shifted
+from lrcompile.graphs.structured import Change, Pool, arranged, install, shifted
 from lrcompile.linop import LinearOperator, tensors
+from lrcompile.order import Region
 from lrcompile.sites import LinearSite, Use, Window
 from lrcompile.sketch import Importance
 from lrcompile.windows import unfit
@@ -148,6 +149,32 @@ class ModuleGraph:
         self.journal.entries.append((site.name, self.replacements.get(site.name)))
         self._set(site.name, Replacement(by, shift))
 
+    def regions(self) -> Sequence[Region]:
+        """Values between sites whose channels may come in any order, as torch traces the samples that were checked."""
+        if self.sample is None:
+            return []
+        from lrcompile.graphs.module_regions import regions
+
+        with self.as_given():
+            return regions(self.model, self.sample, self._found)
+
+    def reorder(self, orders: Sequence[tuple[Region, Tensor]], operators: Mapping[str, LinearOperator]) -> None:
+        """Puts the channels of regions in other orders; one entry of the journal for each change.
+
+        Args:
+            orders: for each place (size,) of a region the channel that comes there.
+            operators: what the writers and readers hold then.
+        """
+        moved = {writer: order for region, order in orders for writer in region.writers}
+        for name, operator in operators.items():
+            held = self.replacements.get(name)
+            shift, order = (None, None) if held is None else (held.shift, held.order)
+            if name in moved:
+                shift = None if shift is None else shift[moved[name]]
+                order = moved[name] if order is None else order[moved[name]]
+            self.journal.entries.append((name, held))
+            self._set(name, Replacement(operator, shift, order))
+
     def rollback(self, mark: int) -> None:
         """Undoes every replacement since ``mark``; what was never replaced before is the original module again."""
         while len(self.journal.entries) > mark:
@@ -165,7 +192,7 @@ class ModuleGraph:
         for reader in self._found[name].readers:
             weight = reader.weight
             factors = self._pool.factors(replacement.operator, device=weight.device, trainable=weight.requires_grad)
-            bias = shifted(reader.bias, replacement.shift, weight)
+            bias = shifted(arranged(reader.bias, replacement.order), replacement.shift, weight)
             done += install(self._root, reader.module, reader.structured(factors, bias))
         self._changes[name] = done
         self.replacements[name] = replacement
@@ -233,7 +260,14 @@ class ModuleGraph:
         self._ensure_checked(batches)
         founds = {site.name: self.found(site.name) for site in sites}
         with self.as_given():
-            return module_gradients.gradients(self.model, batches, founds, memory=memory, seed=seed)
+            return module_gradients.gradients(
+                self.model, batches, founds, memory=memory, seed=seed, whole=self._whole_batches
+            )
+
+    @property
+    def _whole_batches(self) -> bool:
+        """Whether a batch cannot be taken apart."""
+        return False
 
     def macs(self, sample: Inputs) -> int:
         """Multiply–accumulates of all matrix products, convolutions and attention on ``sample``."""

@@ -15,6 +15,7 @@ from lrcompile.errors import UnsupportedError
 from lrcompile.graphs.base import Inputs
 from lrcompile.graphs.module_run import bind, call, evaluating, named_outputs
 from lrcompile.graphs.module_sites import Found, Reader
+from lrcompile.graphs.module_widened import widened
 from lrcompile.sketch import Importance, direction
 
 Rows = tuple[list[tuple[str, Tensor]], bool]
@@ -22,9 +23,12 @@ Rows = tuple[list[tuple[str, Tensor]], bool]
 
 
 def gradients(
-    model: nn.Module, batches: Iterable[Inputs], founds: Mapping[str, Found], *, memory: int, seed: int
+    model: nn.Module, batches: Iterable[Inputs], founds: Mapping[str, Found], *, memory: int, seed: int, whole: bool
 ) -> Importance:
     """Moments of gradients (see :mod:`lrcompile.sketch`) at what each site gives, by the keys of ``founds``.
+
+    Args:
+        whole: the model takes batches of one size only.
 
     Raises:
         UnsupportedError: the model cannot be differentiated.
@@ -34,7 +38,7 @@ def gradients(
     for group in groups({name: found.site.shape[0] for name, found in founds.items()}, memory):
         collector = Collector()
         chosen = {name: founds[name] for name in group}
-        for index, piece in enumerate(_singles(batches)):
+        for index, piece in enumerate(batches if whole else _singles(batches)):
             found, tokens = _rows(model, piece, chosen, seed + index)
             for name, rows in found:
                 collector.add(name, rows, 1)
@@ -59,7 +63,7 @@ def _rows(model: nn.Module, piece: Any, founds: Mapping[str, Found], seed: int) 
     tensors = {name: value for name, value in bind(model, piece)[1].items() if isinstance(value, Tensor)}
     mask = token_mask(tensors)
     taps: list[tuple[str, Reader, Tensor]] = []
-    with ExitStack() as stack, evaluating(model, inference=False), torch.enable_grad():
+    with ExitStack() as stack, evaluating(model, inference=False), torch.enable_grad(), widened(model):
         for name, found in founds.items():
             for reader in found.readers:
                 _tap(stack, name, reader, taps)

@@ -14,6 +14,7 @@ from lrcompile.calibrate import Collector, Moments, groups, token_mask, token_ro
 from lrcompile.graphs.base import Inputs, Replacement
 from lrcompile.graphs.module_run import argument, bind, call, evaluating, named_outputs
 from lrcompile.graphs.module_sites import Found, Reader
+from lrcompile.graphs.module_widened import widened
 from lrcompile.graphs.structured import strided
 from lrcompile.linop import LinearOperator, apply
 from lrcompile.sites import Window
@@ -38,7 +39,7 @@ def observe(
     for group in groups(sizes, memory):
         collector = Collector(counting=not memory)
         for batch in batches:
-            with ExitStack() as stack, evaluating(model):
+            with ExitStack() as stack, evaluating(model), widened(model):
                 for key in group:
                     _listen(stack, collector, key, founds[key].readers, _Batch(model, batch))
                 call(model, batch)
@@ -128,7 +129,7 @@ def probe(
 
 
 def _float_outputs(model: nn.Module, batch: Inputs) -> dict[str, Tensor]:
-    with evaluating(model):
+    with evaluating(model), widened(model):
         found = named_outputs(call(model, batch))
         return {name: value.clone() for name, value in found.items() if value.is_floating_point()}
 

@@ -233,6 +233,13 @@ def strided(value: Tensor, strides: Sequence[int]) -> Tensor:
     return value[(..., *(slice(None, None, step) for step in strides))]
 
 
+def arranged(bias: Tensor | None, order: Tensor | None) -> Tensor | None:
+    """A bias in another order of channels: the very same object without one."""
+    if bias is None or order is None:
+        return bias
+    return nn.Parameter(bias.detach()[order.to(bias.device)], requires_grad=bias.requires_grad)
+
+
 def shifted(bias: Tensor | None, shift: Tensor | None, like: Tensor) -> Tensor | None:
     """A bias that gains a constant: the very same object without one, else new, in the bias' own type.
 

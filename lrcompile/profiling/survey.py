@@ -15,7 +15,7 @@ from lrcompile.costs import Shape, described
 from lrcompile.graphs.base import Graph, Inputs
 from lrcompile.linop import Dense, LinearOperator, map_leaves
 from lrcompile.linop.tree import own_tensors
-from lrcompile.planning import positions
+from lrcompile.planning import free_pivots, positions
 from lrcompile.rewrite import Context, LinearPass, Proposal, outline, storage_dtype
 from lrcompile.sites import LinearSite, Window
 
@@ -165,13 +165,13 @@ def _held(group: Sequence[LinearSite]) -> list[Candidate]:
 def representatives(
     graph: Graph, sites: Sequence[LinearSite], passes: Sequence[LinearPass], feed: Inputs, align: int
 ) -> dict[str, Offer]:
-    """Offers for one site of every shape, without statistics: the structures are the same with them."""
-    context = Context(graph, align=align, trial=True)
+    """Offers for one site of every shape and set of free outputs, without statistics: structures do not need them."""
+    context = Context(graph, align=align, pivots=free_pivots(graph, sites), trial=True)
     vectors, offers, seen = positions(graph, sites, feed), {}, set()
     for site in sites:
-        shape = shape_of(graph.original(site.name), vectors[site.name])
-        if shape not in seen:
-            seen.add(shape)
+        kind = shape_of(graph.original(site.name), vectors[site.name]), str(context.pivots.get(site.name))
+        if kind not in seen:
+            seen.add(kind)
             given = [p for each in passes if not each.refuse(site, context) for p in each.proposals(site, context)]
             offers[site.name] = Offer(given, [])
     return offers

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.saes import CLAMP, aces, energies, factors, lost, roots, sequential, uniform_rank
+from benchmarks.anchored import RIDGE, anchored
+from benchmarks.saes import CLAMP, aces, energies, factors, lost, roots, sequential, uniform, uniform_rank
 from lrcompile.spectrum import spectrum
+from tests.graphs.modules import llama
 
 
 def streams(seed: int, out: int, into: int, tokens: int = 200) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -79,22 +79,12 @@ def test_is_the_best_of_its_rank_for_the_anchored_target(seed: int, out: int, in
     assert loss(left @ right) <= nudged * (1 + 1e-9)
 
 
-def llama(seed: int = 0) -> Any:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
-
-
 def test_every_linear_of_a_model_gets_factors_of_its_budget() -> None:
     model, ids = llama(), torch.arange(96).reshape(6, 16) % 50
     before = {
         name: module.weight.clone() for name, module in model.named_modules() if ".layers." in name and _is(module)
     }
-    found = sequential(model, list(ids.split(2)), 0.5)
+    found = sequential(model, list(ids.split(2)), uniform(0.5))
     assert set(found) == set(before)
     for name, (left, right) in found.items():
         weight = model.get_submodule(name).weight
@@ -106,7 +96,7 @@ def test_every_linear_of_a_model_gets_factors_of_its_budget() -> None:
 def test_factors_of_full_rank_change_nothing() -> None:
     model, ids = llama(), torch.arange(96).reshape(6, 16) % 50
     reference = model(input_ids=ids).logits
-    sequential(model, list(ids.split(2)), 10.0)
+    sequential(model, list(ids.split(2)), uniform(10.0))
     torch.testing.assert_close(model(input_ids=ids).logits, reference, rtol=1e-3, atol=1e-4)
 
 
@@ -120,9 +110,27 @@ def test_later_layers_are_fitted_to_what_the_compressed_ones_give() -> None:
     handle.remove()
     second = seen[0].T @ seen[0] / len(seen[0])
     still = factors(linear.weight.clone(), second, torch.zeros_like(second), uniform_rank(linear.weight, 0.4))
-    left, right = sequential(model, list(ids.split(2)), 0.4)[name]
+    left, right = sequential(model, list(ids.split(2)), uniform(0.4))[name]
     assert not torch.allclose(left @ right, still[0] @ still[1], atol=1e-4)
 
 
 def _is(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear)
+
+
+@settings(deadline=None, max_examples=25)
+@given(seeds, sizes, sizes, st.floats(0.1, 1.0))
+def test_an_anchored_target_is_the_ridge_regression(seed: int, out: int, into: int, beta: float) -> None:
+    """At β 1 and no ridge to speak of it is the least-squares map from the moved inputs to the original outputs."""
+    weight, now, before, second, moved = streams(seed, out, into)
+    target = now @ weight.T + beta * (before - now) @ weight.T
+    found = anchored(weight, second, moved, beta)
+
+    def loss(made: Tensor) -> float:
+        change = made - weight
+        penalty = RIDGE * (change.square() * second.diagonal()).sum()
+        return float((now @ made.T - target).square().sum() / len(now) + penalty)
+
+    generator = torch.Generator().manual_seed(seed)
+    nudge = 1e-3 * torch.randn(found.shape, generator=generator, dtype=torch.float64)
+    assert loss(found) <= min(loss(found + nudge), loss(found - nudge), loss(weight)) * (1 + 1e-9)

@@ -20,6 +20,7 @@ from lrcompile.calibrate import Moments
 from lrcompile.data import InputSpec
 from lrcompile.errors import UsageError
 from lrcompile.graphs.base import Inputs, Journal, Outputs, Replacement
+from lrcompile.graphs.fx.channels import regions
 from lrcompile.graphs.fx.flat import Typed, flat, input_specs, outputs, stored, typed
 from lrcompile.graphs.fx.lower import Placed, lowered
 from lrcompile.graphs.fx.sites import FxReader, raised
@@ -29,6 +30,7 @@ from lrcompile.graphs.module_sites import Found, check_finite
 from lrcompile.graphs.module_store import update
 from lrcompile.graphs.structured import Pool, place
 from lrcompile.linop import tensors
+from lrcompile.order import Region
 from lrcompile.sites import LinearSite
 from lrcompile.sketch import Importance
 
@@ -129,6 +131,10 @@ class FxGraph(ModuleGraph):
             self.adopt(program)
         return places
 
+    def regions(self) -> Sequence[Region]:
+        """Values between sites whose channels may come in any order."""
+        return regions(self.model, self._found)  # type: ignore[arg-type]
+
     def lowered(self) -> ExportedProgram:
         """The program with every replacement written as plain operations.
 
@@ -184,6 +190,11 @@ class FxGraph(ModuleGraph):
     ) -> Importance:
         """Moments of the outputs' gradients at what the sites give, by site name; see :mod:`lrcompile.sketch`."""
         return super().gradients(self._all_typed(batches), sites, memory=memory, seed=seed)
+
+    @property
+    def _whole_batches(self) -> bool:
+        """A program may have been traced for batches of one size."""
+        return any(spec.shape and isinstance(spec.shape[0], int) and spec.shape[0] > 1 for spec in self._specs)
 
     def macs(self, sample: Inputs) -> int:
         """Multiply–accumulates of all matrix products, convolutions and attention on ``sample``."""

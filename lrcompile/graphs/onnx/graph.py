@@ -22,6 +22,7 @@ from lrcompile.data import InputSpec
 from lrcompile.errors import GateError, UnsupportedError, UsageError
 from lrcompile.graphs.base import Inputs, Journal, Outputs, Replacement
 from lrcompile.graphs.onnx import counting, load
+from lrcompile.graphs.onnx.channels import OnnxRegion, regions, reordered
 from lrcompile.graphs.onnx.constants import settle
 from lrcompile.graphs.onnx.grouping import group_key, site_of
 from lrcompile.graphs.onnx.hygiene import cleaned
@@ -202,6 +203,26 @@ class OnnxGraph:
         if model is not None:
             self.adopt(model)
         return done, reason
+
+    def regions(self) -> Sequence[OnnxRegion]:
+        """Values between sites whose channels may come in any order."""
+        return regions(self.model.graph, self._matched)
+
+    def reorder(self, orders: Sequence[tuple[OnnxRegion, Tensor]], operators: Mapping[str, LinearOperator]) -> None:
+        """Puts the channels of regions in other orders; one entry of the journal for each change.
+
+        Args:
+            orders: regions of this graph as it stands, and for each place (size,) the channel that comes there.
+            operators: what the writers and readers hold then.
+        """
+        self.journal.entries.append((_MODEL, self.model))
+        self._continue_with(reordered(self.model, orders))
+        moved = {writer: order for region, order in orders for writer in region.writers}
+        for site in [site for site in self.linear_sites() if site.name in operators]:
+            held = self.replacements.get(site.name)
+            shift = None if held is None else held.shift
+            moves = shift is not None and site.name in moved
+            self.replace(site, operators[site.name], shift[moved[site.name]] if moves and shift is not None else shift)
 
     def tile_rows(self, sample: Inputs, *, limit: float = 0.0, most: int = 8) -> Tiling:
         """Computes what is large in row tiles; what came of it, see :class:`lrcompile.graphs.onnx.tiling.Tiling`.

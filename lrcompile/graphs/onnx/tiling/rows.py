@@ -12,6 +12,7 @@ from math import prod
 import onnx_ir as ir
 
 from lrcompile.graphs.onnx.constants import integers
+from lrcompile.graphs.onnx.operators import ELEMENTWISE
 from lrcompile.graphs.onnx.tiling.sizes import Size, Sizes, one
 
 Axes = tuple[int | None, ...]
@@ -267,18 +268,9 @@ def _listed(node: ir.Node, at: int, name: str, rank: int) -> list[int] | None:
     return None if given is None else [int(each) % max(rank, 1) for each in given]
 
 
-_ELEMENTWISE = (
-    "Abs", "Acos", "Acosh", "Add", "And", "Asin", "Asinh", "Atan", "Atanh", "BitShift", "BitwiseAnd",
-    "BitwiseNot", "BitwiseOr", "BitwiseXor", "Cast", "CastLike", "Ceil", "Celu", "Clip", "Cos", "Cosh", "Div",
-    "Elu", "Equal", "Erf", "Exp", "Floor", "Gelu", "Greater", "GreaterOrEqual", "HardSigmoid", "HardSwish",
-    "Identity", "IsInf", "IsNaN", "LeakyRelu", "Less", "LessOrEqual", "Log", "Max", "Mean", "Min", "Mish",
-    "Mod", "Mul", "Neg", "Not", "Or", "PRelu", "Pow", "Reciprocal", "Relu", "Round", "Selu", "Shrink",
-    "Sigmoid", "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Sub", "Sum", "Swish", "Tan", "Tanh",
-    "ThresholdedRelu", "Where", "Xor",
-)  # fmt: skip
 _REDUCE = ["L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare"]
 _RULES: dict[tuple[str, str], Rule] = {
-    **{("", name): _elementwise for name in _ELEMENTWISE},
+    **{("", name): _elementwise for name in ELEMENTWISE},
     **{("", f"Reduce{name}"): _reduce for name in _REDUCE},
     ("", "MatMul"): _matmul,
     ("", "MatMulInteger"): _matmul_integer,
