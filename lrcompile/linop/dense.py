@@ -149,7 +149,14 @@ def _(op: Product) -> Tensor:
         case Select(indices=indices):
             return right.index_select(0, as_index(indices, right.device))
         case left:
-            return densify(left).to(right) @ right
+            return _matmul(densify(left).to(right), right)
+
+
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``; float16 on a CPU by way of float32, since torch takes hundreds of times as long."""
+    if right.dtype == torch.float16 and right.device.type == "cpu":
+        return (left.float() @ right.float()).to(right.dtype)
+    return left @ right
 
 
 @densify.register

@@ -12,7 +12,7 @@ from torch import nn
 from lrcompile.graphs.base import Replacement
 from lrcompile.graphs.module import ModuleGraph
 from lrcompile.graphs.module_widened import widened
-from lrcompile.linop import Dense, densify
+from lrcompile.linop import Dense, densify, low_rank
 
 
 class Net(nn.Module):
@@ -81,3 +81,9 @@ def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
 def test_other_models_are_left_alone() -> None:
     with widened(nn.Linear(4, 4)) as mode:
         assert mode is None
+
+
+def test_factors_are_multiplied_out_in_float32() -> None:
+    left, right = torch.randn(96, 40).half(), torch.randn(40, 64).half()
+    found = densify(low_rank(left, right))
+    assert found.dtype == torch.float16 and torch.equal(found, (left.float() @ right.float()).half())
