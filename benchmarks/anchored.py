@@ -23,7 +23,7 @@ from lrcompile.linop import low_rank
 from lrcompile.planning import Settings, plan
 from lrcompile.rewrite import Context, Proposal
 from lrcompile.sites import LinearSite
-from lrcompile.spectrum import sampling_shrink, spectrum
+from lrcompile.spectrum import sampling_shrink, shrunk, spectrum
 from lrcompile.zoo import exported, smollm2
 
 KEEP = 0.8
@@ -75,7 +75,7 @@ def _factorise(context: Context, chosen: Mapping[str, tuple[LinearSite, Proposal
         moments = context.statistics(site)
         shrink = 0.0 if moments is None else sampling_shrink(moments)
         wanted = anchored(weight.double(), second, moved, beta)
-        pair = spectrum(wanted, _shrunk(second, shrink), context.importance(site)).factors(proposal.rank)
+        pair = spectrum(wanted, shrunk(second.clone(), shrink, DAMP), context.importance(site)).factors(proposal.rank)
         return pair[0].to(weight), pair[1].to(weight)
 
     return make
@@ -87,13 +87,6 @@ def anchored(weight: Tensor, second: Tensor, moved: Tensor, beta: float) -> Tens
     ridged.diagonal().mul_(1 + RIDGE)
     ridged.diagonal().add_(1e-12 * float(second.diagonal().mean()))
     return weight + beta * torch.linalg.solve(ridged, (weight @ moved).T).T
-
-
-def _shrunk(second: Tensor, share: float) -> Tensor:
-    diagonal = second.diagonal().clone()
-    matrix = second * (1 - share)
-    matrix.diagonal().copy_(diagonal + DAMP * float(diagonal.mean()))
-    return matrix
 
 
 def _written(

@@ -6,7 +6,7 @@ with a ``Select``. Where what follows bears any order, the stored matrices take 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,14 +62,8 @@ def with_rows(operator: LinearOperator, order: Tensor) -> LinearOperator | None:
         case Product(left=left, right=right):
             moved = with_rows(left, order)
             return None if moved is None else Product(moved, right)
-        case Scaled(scale=scale, operator=inner):
-            moved = with_rows(inner, order)
-            return None if moved is None else Scaled(scale, moved)
-        case Sum(terms=terms):
-            parts = _all(with_rows(term, order) for term in terms)
-            return None if parts is None else Sum(parts)
         case _:
-            return None
+            return _inside(operator, lambda one: with_rows(one, order))
 
 
 def with_columns(operator: LinearOperator, order: Tensor) -> LinearOperator | None:
@@ -86,22 +80,34 @@ def with_columns(operator: LinearOperator, order: Tensor) -> LinearOperator | No
         case Product(left=left, right=right):
             moved = with_columns(right, order)
             return None if moved is None else Product(left, moved)
-        case Scaled(scale=scale, operator=inner):
-            moved = with_columns(inner, order)
-            return None if moved is None else Scaled(scale, moved)
-        case Sum(terms=terms):
-            parts = _all(with_columns(term, order) for term in terms)
-            return None if parts is None else Sum(parts)
         case Stack(parts=stacked):
             parts = _all(with_columns(part, order) for part in stacked)
             return None if parts is None else Stack(parts)
         case _:
+            return _inside(operator, lambda one: with_columns(one, order))
+
+
+def _inside(operator: LinearOperator, move: Callable[[LinearOperator], LinearOperator | None]) -> LinearOperator | None:
+    """What moves rows and columns alike: scales and sums."""
+    match operator:
+        case Scaled(scale=scale, operator=inner):
+            moved = move(inner)
+            return None if moved is None else Scaled(scale, moved)
+        case Sum(terms=terms):
+            parts = _all(map(move, terms))
+            return None if parts is None else Sum(parts)
+        case _:
             return None
 
 
-def _all(found) -> tuple[LinearOperator, ...] | None:
-    parts = tuple(found)
-    return None if any(part is None for part in parts) else parts
+def _all(found: Iterable[LinearOperator | None]) -> tuple[LinearOperator, ...] | None:
+    """All of them, or None where one is missing."""
+    parts: list[LinearOperator] = []
+    for part in found:
+        if part is None:
+            return None
+        parts.append(part)
+    return tuple(parts)
 
 
 def inverse(order: Tensor) -> Tensor:

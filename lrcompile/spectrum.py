@@ -143,9 +143,13 @@ def importance_matrix(gradients: Moments, *, damp: float = 1e-3) -> Tensor:
 
     Shrunk towards its diagonal like a covariance of so many tokens, by at least :data:`LEAST`, and damped.
     """
-    matrix = gradients.second()
+    return shrunk(gradients.second(), max(LEAST, sampling_shrink(gradients, center=False)), damp)
+
+
+def shrunk(matrix: Tensor, share: float, damp: float) -> Tensor:
+    """The matrix itself: entries off its diagonal smaller by a share, the diagonal larger by ``damp`` of its mean."""
     diagonal = matrix.diagonal().clone()
-    matrix *= 1 - max(LEAST, sampling_shrink(gradients, center=False))
+    matrix *= 1 - share
     matrix.diagonal().copy_(diagonal + damp * float(diagonal.mean()))
     return matrix
 

@@ -35,24 +35,24 @@ class Absorb(GraphPass):
         if not waiting or found is None:
             kind = "no site puts its outputs in order" if not waiting else f"'{graph.kind}' graphs have no nodes"
             return [Refused("graph", kind)]
-        given, changed = dict(operators), {}
-        orders = list(_orders(found(), given, changed))
+        orders = list(_orders(found(), operators))
         if orders:
             rewriter: Any = graph
-            rewriter.reorder(orders, changed)
+            touched = {name for region, _ in orders for name in (*region.writers, *region.readers)}
+            rewriter.reorder(orders, {name: operators[name] for name in operators if name in touched})
         done = {name for region, _ in orders for name in region.writers} & set(waiting)
         return [Rewritten(name) if name in done else Refused(name, "not every reader bears another order")
                 for name in waiting]  # fmt: skip
 
 
-def _orders(
-    regions: Sequence[Region], operators: dict[str, LinearOperator], changed: dict[str, LinearOperator]
-) -> Iterator[tuple[Region, Tensor]]:
-    """New orders of the regions that can have one; a site may write one region and read another."""
+def _orders(regions: Sequence[Region], operators: dict[str, LinearOperator]) -> Iterator[tuple[Region, Tensor]]:
+    """New orders of the regions that can have one; what their sites hold then takes the place of what they held.
+
+    A site may write one region and read another.
+    """
     for region in regions:
         found = settled(region, operators)
         if found is not None:
             order, moved = found
             operators.update(moved)
-            changed.update(moved)
             yield region, order

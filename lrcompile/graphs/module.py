@@ -69,6 +69,7 @@ class ModuleGraph:
         self._changes: dict[str, list[Change]] = {}
         self._pool = Pool(self.model.parameters())
         self._trace: Trace | None = None
+        self._regions: Sequence[Region] | None = None  # tracing takes long, and replacements leave the wiring alone
         self.sample: Any = None
         holder = self._root if not list(self.model.children()) else self.model
         self._found = {found.site.name: found for found in find(holder)}
@@ -110,7 +111,7 @@ class ModuleGraph:
         """
         with self.as_given():
             self._trace = trace(self.model, list(self._found.values()), lambda: call(self.model, batch))
-        self.sample = few(batch)
+        self.sample, self._regions = few(batch), None
         keys: dict[tuple, str] = {}
         for name, found in self._found.items():
             uses = tuple(self._shared(use, found.site.window, self._trace, keys) for use in found.site.uses)
@@ -153,10 +154,12 @@ class ModuleGraph:
         """Values between sites whose channels may come in any order, as torch traces the samples that were checked."""
         if self.sample is None:
             return []
-        from lrcompile.graphs.module_regions import regions
+        if self._regions is None:
+            from lrcompile.graphs.module_regions import regions
 
-        with self.as_given():
-            return regions(self.model, self.sample, self._found)
+            with self.as_given():
+                self._regions = regions(self.model, self.sample, self._found)
+        return self._regions
 
     def reorder(self, orders: Sequence[tuple[Region, Tensor]], operators: Mapping[str, LinearOperator]) -> None:
         """Puts the channels of regions in other orders; one entry of the journal for each change.

@@ -32,9 +32,5 @@ def regions(model: nn.Module, sample: Any, founds: Mapping[str, Found]) -> list[
         found = traced.regions()
     except Exception:  # whatever the exporter raises: then the model has no regions that could be told
         return []
-    known = {name for name, each in founds.items() if _movable(each) and shapes.get(name) == each.site.shape}
+    known = {name for name, each in founds.items() if each.alone and shapes.get(name) == each.site.shape}
     return [region for region in found if known.issuperset((*region.writers, *region.readers))]
-
-
-def _movable(found: Found) -> bool:
-    return len(found.readers) == len(found.site.uses) == 1 and not found.site.frozen

@@ -61,6 +61,11 @@ class Found:
     site: LinearSite
     readers: tuple[Reader, ...]
 
+    @property
+    def alone(self) -> bool:
+        """Whether one module applies the weight, at one place, and it may be changed."""
+        return len(self.readers) == len(self.site.uses) == 1 and not self.site.frozen
+
 
 def share(model: nn.Module) -> nn.Module:
     """A copy of the module tree that holds the very same tensors: no weight is stored twice.

@@ -56,15 +56,15 @@ class _FxFinder(Finder[fx.Node]):
 
 
 def _movable(found: Found) -> bool:
-    site, readers = found.site, found.readers
-    return len(readers) == len(site.uses) == 1 and not site.frozen and isinstance(readers[0].module, StructuredLinear)
+    return found.alone and isinstance(found.readers[0].module, StructuredLinear)
 
 
 def _width(node: fx.Node) -> int | None:
     """Length of a value's last axis; None where it is not known."""
     value = node.meta.get("val")
-    shape = value.shape if isinstance(value, torch.Tensor) else None
-    last = 1 if shape is not None and not len(shape) else None if shape is None else shape[-1]
+    if not isinstance(value, torch.Tensor):
+        return None
+    last = value.shape[-1] if value.ndim else 1
     return last if isinstance(last, int) else None
 
 
