@@ -1,22 +1,29 @@
-"""SmolLM2: perplexity, bytes, MACs, latency and memory of its low-rank forms, each row read from one file."""
+"""SmolLM2: perplexity, bytes, MACs, latency and memory of its low-rank forms, each row read from one file.
+
+``LRCOMPILE_TIMES=0 python -m benchmarks smollm2`` makes the files and judges them, for a machine that does other work
+too. What the same code has judged on the same machine is kept, so that a run may be cut off and go on.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.common import WORK, kept_share, ratio_text, table, uniform, write
+from benchmarks.common import WORK, kept, kept_share, made_by, pieces, ratio_text, table, uniform, write
 from benchmarks.saes import saes
 from benchmarks.sparse import METHODS, density, pruned
 from lrcompile import Budget, LowRank, Options, measure, optimize
 from lrcompile.backends.onnxruntime import OnnxRuntime
 from lrcompile.data import Batches
+from lrcompile.feeds import stored
 from lrcompile.files import AtomicSet, sha256
 from lrcompile.graphs.onnx.graph import OnnxGraph
 from lrcompile.graphs.onnx.session import FileSession
@@ -41,29 +48,60 @@ class Row:
 
     name: str
     path: Path
+    make: Callable[[], object] = lambda: None
     method: float | None = None  # the budget
+    keep: str = ""
+    size: int = 0  # bytes, where the file does not show them
     seconds: float = 0.0
+    sha256: str = ""
     loss: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (sequences,) nats per token
     divergence: float = 0.0
     agreement: float = 1.0
-    keep: float | None = None  # where the file does not show it
-    size: int = 0  # bytes, where the file does not show them
+    costs: tuple[str, ...] = ()
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """What was measured of its outputs, for JSON."""
+        fields = ("keep", "seconds", "sha256", "divergence", "agreement")
+        return {"loss": self.loss.tolist(), **{name: getattr(self, name) for name in fields}}
 
 
 def main() -> None:
-    """Makes the files and measures them, one by one; the table is written anew after each."""
+    """Makes and judges the files, then takes their times, which want a machine with nothing else to do."""
     WORK.mkdir(parents=True, exist_ok=True)
-    dense = Row("dense", exported("smollm2"))
-    reference = _Reference(dense)
-    published: dict[float | None, Row] = {}
-    lines = [_line(dense, dense, None)]
-    for row in _made(dense.path):
-        print(row.name, row.method, f"{row.seconds:.0f} s", flush=True)
-        reference.judge(row)
-        if row.name.startswith(_PUBLISHED):
-            published[row.method] = row
-        lines.append(_line(row, dense, published.get(row.method)))
-        write("smollm2", "SmolLM2-135M, 210 decoder linears, no training", [_HEAD, table(_COLUMNS, lines)])
+    dense = Row("dense", exported("smollm2"), keep="1")
+    rows, made = [dense, *_rows(dense.path)], made_by(__file__)
+    known = pieces("smollm2", (row.path.stem for row in rows), made)
+    reference: _Reference | None = None
+    for row in rows:
+        found = known.get(row.path.stem)
+        if found is None or not row.path.is_file() or sha256(row.path) != found["sha256"]:
+            reference = reference or _Reference(dense)
+            found = _judged(row, dense, reference)
+            kept("smollm2", row.path.stem, made, found)
+        for name, value in found.items():
+            setattr(row, name, np.array(value) if name == "loss" else value)
+        _write(rows)
+    for row in rows if os.environ.get("LRCOMPILE_TIMES", "1") == "1" else ():
+        row.costs = _costs(row, dense)
+        _write(rows)
+
+
+def _judged(row: Row, dense: Row, reference: _Reference) -> dict[str, Any]:
+    start = time.monotonic()
+    row.make()
+    row.seconds, row.sha256 = time.monotonic() - start, sha256(row.path)
+    row.keep = row.keep or kept_share(row.path, dense.path)
+    reference.judge(row)
+    print(row.name, row.method, f"{row.seconds:.0f} s", row.loss.mean(), flush=True)
+    return row.measured
+
+
+def _write(rows: Sequence[Row]) -> None:
+    dense, done = rows[0], [row for row in rows if len(row.loss)]
+    published = {row.method: row for row in done if row.name.startswith(_PUBLISHED)}
+    lines = [_line(row, dense, published.get(row.method)) for row in done]
+    write("smollm2", "SmolLM2-135M, 210 decoder linears, no training", [_HEAD, table(_COLUMNS, lines)])
 
 
 _COLUMNS = ("what", "keep", *(f"perplexity {name}" for name in texts.EVALUATION), "geometric mean ÷ dense",
@@ -74,51 +112,46 @@ Calibration: 96 sequences of 256 tokens of a computing dictionary, Wikipedia and
 sequences of 512 tokens for each domain, none of them calibrated on; of the news domain nothing was. Share: of the
 log-perplexity gap that SVD-LLM (as published, at the same keep) leaves to dense, as mean over the three domains
 with the 95 % interval of a bootstrap over paired sequences. Latency: ONNX Runtime, in turns with the dense file,
-median of the paired ratios with its 95 % interval. Files of pruned models hold zeros, since no runtime here
-computes with masks: their bytes are what values and masks would take, their other costs are those of the dense file.
+median of the paired ratios of two to four processes with its 95 % interval. Files of pruned models hold zeros, since
+no runtime here computes with masks: their bytes are what values and masks would take. Files may have been made beside
+other work, which lengthens "made in"; the times of runs were taken when there was none.
 The weights had been rounded to four bits before all this."""
 
 
-def _made(dense: Path) -> Iterator[Row]:
+def _rows(dense: Path) -> Iterator[Row]:
     data, settings = Batches(smollm2.calibration()), Settings(cache=WORK / "cache")
 
     def flat(name: str, each: LowRank, keep: float) -> Row:
         path = _path(name, keep)
-        return _row(f"{name}, uniform ranks", lambda: uniform(dense, each, keep, data, settings, path), keep)
+        return Row(f"{name}, uniform ranks", path, lambda: uniform(dense, each, keep, data, settings, path), keep)
 
     def chosen(name: str, each: LowRank, keep: float) -> Row:
-        return _row(name, lambda: ours(dense, each, keep, data, settings, _path(name, keep)), keep)
+        path = _path(name, keep)
+        return Row(name, path, lambda: ours(dense, each, keep, data, settings, path), keep)
 
     def anchored(keep: float) -> Row:
-        return _row("SAES-SVD, uniform ranks", lambda: saes(dense, keep, _path("SAES-SVD", keep)), keep)
+        path = _path("SAES-SVD", keep)
+        return Row("SAES-SVD, uniform ranks", path, lambda: saes(dense, keep, path), keep)
 
     def zeros(method: str, keep: float) -> Row:
-        path = _path(method, keep)
-        row = _row(
-            f"{method}, masks of one bit", lambda: pruned(dense, method, density(keep, 32), data, settings, path)
-        )
-        row.keep, row.size = keep, dense.stat().st_size - round((1 - keep) * 4 * smollm2.LINEARS)
-        return row
+        path, share = _path(method, keep), density(keep, 32)
+        size = dense.stat().st_size - round((1 - keep) * 4 * smollm2.LINEARS)
+        make = lambda: pruned(dense, method, share, data, settings, path)  # noqa: E731
+        return Row(f"{method}, masks of one bit", path, make, keep=f"{keep:.4f}", size=size)
 
     for keep in KEEPS:
         yield flat(_PUBLISHED, PUBLISHED, keep)
         yield chosen("lrcompile", LowRank(), keep)
+    yield Row("int8 weights, a scale for each row", WORK / "smollm2-int8.onnx", lambda: _int8(dense), keep="—")
+    for keep in KEEPS:
+        yield from (zeros(method, keep) for method in METHODS)
+    for keep in KEEPS:
         yield flat("SVD-LLM shrunk and damped", OURS, keep)
         yield anchored(keep)
-    yield _row("int8 weights, a scale for each row", lambda: _int8(dense))
-    for keep in KEEPS[1:]:
-        for method in METHODS:
-            yield zeros(method, keep)
 
 
 def _path(name: str, keep: float) -> Path:
     return WORK / f"smollm2-{name.replace(' ', '-')}-{keep}.onnx"
-
-
-def _row(name: str, make, keep: float | None = None) -> Row:
-    start = time.monotonic()
-    path = make()
-    return Row(name, path, keep, time.monotonic() - start)
 
 
 def ours(dense: Path, each: LowRank, keep: float, data: Batches, settings: Settings, out: Path) -> Path:
@@ -162,15 +195,14 @@ class _Reference:
                 shape = (len(self.ids), *found.shape)
                 self.logs = np.lib.format.open_memmap(self.path, "w+", dtype=np.float32, shape=shape)
             self.logs[place] = found.numpy()
-        self.judge(dense)
 
     def judge(self, row: Row) -> None:
         """Runs the row's file on every sequence."""
         assert self.logs is not None
         run = FileSession(str(row.path)).run
         losses, divergence, agreement = [], 0.0, 0.0
-        for ids, stored in zip(self.ids, self.logs, strict=True):
-            before, after = torch.from_numpy(np.array(stored)), _log_softmax(run, ids)
+        for ids, logs in zip(self.ids, self.logs, strict=True):
+            before, after = torch.from_numpy(np.array(logs)), _log_softmax(run, ids)
             targets = torch.from_numpy(ids[1:])
             losses.append(-float(after[:-1].gather(1, targets[:, None]).mean()))
             divergence += float((before.exp() * (before - after)).sum(-1).double().mean()) / len(self.ids)
@@ -194,24 +226,22 @@ def _share(row: Row, dense: Row, published: Row) -> str:
 
 
 def _line(row: Row, dense: Row, published: Row | None) -> list[object]:
-    feeds = WORK / "feeds-1x512.npz"
-    sample = {"input_ids": smollm2.evaluation(3, 512)[0]["input_ids"][:1]}
-    np.savez(feeds, **sample)  # pyright: ignore[reportArgumentType]
     domains = row.loss.reshape(len(texts.EVALUATION), -1).mean(1)
-    share_kept = "—" if row.method is None else kept_share(row.path, dense.path)
-    share_kept = share_kept if row.keep is None else f"{row.keep:.4f}"
     size = row.size or row.path.stat().st_size
-    macs = OnnxGraph.load(row.path).macs(sample) / OnnxGraph.load(dense.path).macs(sample)
     share = "—" if published is None or row is published else _share(row, dense, published)
-    peak = measure.peak_memory(row.path, feeds) or 0
-    timings = [_ratio([dense.path, row.path], feeds, threads) for threads in (1, 2)]
-    return [row.name, share_kept, *(f"{math.exp(value):.2f}" for value in domains),
+    return [row.name, row.keep, *(f"{math.exp(value):.2f}" for value in domains),
             f"{math.exp(row.loss.mean() - dense.loss.mean()):.3f}", share, f"{row.divergence:.4f}",
-            f"{row.agreement:.1%}",
-            f"{size / 2**20:.1f}", f"{macs:.3f}", *timings, f"{peak / 2**20:.0f}",
-            f"{row.seconds:.0f}", sha256(row.path)[:12]]  # fmt: skip
+            f"{row.agreement:.1%}", f"{size / 2**20:.1f}", *(row.costs or ("",) * 4), f"{row.seconds:.0f}",
+            row.sha256[:12]]  # fmt: skip
 
 
-def _ratio(files: list[Path], feeds: Path, threads: int) -> str:
-    timing = measure.time_files(files, feeds, seconds=SECONDS, threads=threads)
-    return ratio_text(timing)
+def _costs(row: Row, dense: Row) -> tuple[str, ...]:
+    """Ratio of MACs, of latencies on one and two threads, and peak megabytes of one file."""
+    if row.size:
+        return ("as dense",) * 4
+    sample = {"input_ids": smollm2.evaluation(3, 512)[0]["input_ids"][:1]}
+    feeds = stored(sample, WORK / "feeds-1x512.npz")
+    macs = OnnxGraph.load(row.path).macs(sample) / OnnxGraph.load(dense.path).macs(sample)
+    files, peak = [dense.path, row.path], measure.peak_memory(row.path, feeds) or 0
+    timings = [measure.time_files(files, feeds, seconds=SECONDS, threads=threads) for threads in (1, 2)]
+    return (f"{macs:.3f}", *map(ratio_text, timings), f"{peak / 2**20:.0f}")
