@@ -7,7 +7,7 @@ import sys
 
 NAMES = (
     "startup", "raising", "conformance", "minilm", "latency", "smollm2", "smollm2_module", "ablation", "anchored",
-    "joint", "decode", "degridded", "planning", "wide_layer", "dispatch", "compile", "regional",
+    "joint", "decode", "degridded", "half", "planning", "wide_layer", "dispatch", "compile", "regional",
     "schedule", "tile_rules", "mcu", "mcu_planner", "mcu_conformance",
 )  # fmt: skip
 
