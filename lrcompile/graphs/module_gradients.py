@@ -16,6 +16,7 @@ from lrcompile.graphs.base import Inputs
 from lrcompile.graphs.module_run import bind, call, evaluating, named_outputs
 from lrcompile.graphs.module_sites import Found, Reader
 from lrcompile.graphs.module_widened import widened
+from lrcompile.memory import release
 from lrcompile.sketch import Importance, direction
 
 Rows = tuple[list[tuple[str, Tensor]], bool]
@@ -42,7 +43,10 @@ def gradients(
             found, tokens = _rows(model, piece, chosen, seed + index)
             for name, rows in found:
                 collector.add(name, rows, 1)
+            del found
+            release()
         result.update(collector.moments)
+    release(now=True)
     return Importance(result, tokens)
 
 

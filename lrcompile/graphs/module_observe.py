@@ -17,6 +17,7 @@ from lrcompile.graphs.module_sites import Found, Reader
 from lrcompile.graphs.module_widened import widened
 from lrcompile.graphs.structured import strided
 from lrcompile.linop import LinearOperator, apply
+from lrcompile.memory import release
 from lrcompile.sites import Window
 from lrcompile.windows import convolve, patches, sizes
 
@@ -43,7 +44,9 @@ def observe(
                 for key in group:
                     _listen(stack, collector, key, founds[key].readers, _Batch(model, batch))
                 call(model, batch)
+            release()
         result.update(collector.moments)
+    release(now=True)
     return result
 
 
@@ -122,6 +125,7 @@ def probe(
             for output in dense.keys() & changed.keys():
                 gained = _energy(changed[output].double() - dense[output].double(), mask)
                 change[name][output] = change[name].get(output, 0.0) + gained
+            release()
     return {
         name: sum(value / norm[output] for output, value in sorted(per_output.items()) if norm[output] > 0)
         for name, per_output in change.items()
