@@ -107,7 +107,9 @@ def _read(model: nn.Module, names: Iterable[str], ids: Tensor) -> dict[str, Tens
     found: dict[str, Tensor] = {}
 
     def watch(name: str) -> RemovableHandle:
-        hook = lambda _, args: found.__setitem__(name, args[0].flatten(0, -2))  # noqa: E731
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found[name] = args[0].flatten(0, -2)
+
         return model.get_submodule(name).register_forward_pre_hook(hook)
 
     handles = [watch(name) for name in names]

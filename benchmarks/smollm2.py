@@ -136,7 +136,10 @@ def _rows(dense: Path) -> Iterator[Row]:
     def zeros(method: str, keep: float) -> Row:
         path, share = _path(method, keep), density(keep, 32)
         size = dense.stat().st_size - round((1 - keep) * 4 * smollm2.LINEARS)
-        make = lambda: pruned(dense, method, share, data, settings, path)  # noqa: E731
+
+        def make() -> Path:
+            return pruned(dense, method, share, data, settings, path)
+
         return Row(f"{method}, masks of one bit", path, make, keep=f"{keep:.4f}", size=size)
 
     for keep in KEEPS:
